@@ -1,0 +1,39 @@
+"""What every test gets: one thread, no network, a cache folder of its own, deterministic hypothesis; `gpu` skips itself."""
+
+import os
+import shutil
+import tempfile
+
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+# Before torch is imported: a sum's order, and so its last bit, depends on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if not IS_WORKER:
+    # Workers and the scripts that tests start inherit it, so the tiny model is written out once per run.
+    os.environ["SDXL_SUITE_CACHE"] = tempfile.mkdtemp(prefix="sdxl-suite-tests-")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without CUDA; torch is asked only when there are any."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_unconfigure() -> None:
+    """Remove the run's cache folder, in the process that made it."""
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["SDXL_SUITE_CACHE"], ignore_errors=True)
