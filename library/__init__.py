@@ -1,0 +1,1 @@
+"""SDXL training suite: see docs/ for the architecture; floors import downward only."""
