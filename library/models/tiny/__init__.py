@@ -1,0 +1,1 @@
+"""The embedded tiny SDXL: packed weights and their reader."""

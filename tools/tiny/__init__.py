@@ -1,0 +1,1 @@
+"""The embedded tiny SDXL: its drawn world, its training and its packed file."""
