@@ -1,8 +1,11 @@
-"""What every test gets: one thread, no network, a cache folder of its own, deterministic hypothesis; `gpu` skips itself."""
+"""What every test gets: one thread, no network, a cache folder of the run's own, deterministic hypothesis."""
 
 import os
 import shutil
 import tempfile
+
+import pytest
+from hypothesis import settings
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
@@ -13,9 +16,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not IS_WORKER:
     # Workers and the scripts that tests start inherit it, so the tiny model is written out once per run.
     os.environ["SDXL_SUITE_CACHE"] = tempfile.mkdtemp(prefix="sdxl-suite-tests-")
-
-import pytest
-from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
