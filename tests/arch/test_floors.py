@@ -118,3 +118,31 @@ def test_folders_of_packages_have_a_package_file():
     }
     missing = [folder.as_posix() for folder in sorted(folders) if f"{folder}/__init__.py" not in tree.tracked_files()]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "why"),
+    [
+        ("library/io/images.py", "library.models.bundle", "above"),
+        ("library/config/cli.py", "library.io.atomic", "above"),
+        ("library/data/dataset.py", "library.models.checkpoint", "sibling"),
+        ("networks/lora.py", "library.data.types", "sibling"),
+        ("library/diffusion/reduce.py", "library.io.atomic", "sibling"),
+        ("library/inference/denoise.py", "library.training.step", "above"),
+    ],
+)
+def test_the_rule_refuses(name, module, why):
+    assert why in _outside(tree.Import(module, 1), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("library/data/dataset.py", "library.data.types"),
+        ("library/training/launch.py", "library.models.bundle"),
+        ("library/io/atomic.py", "library.errors"),
+        ("library/models/checkpoint.py", "torch"),
+    ],
+)
+def test_the_rule_allows(name, module):
+    assert _outside(tree.Import(module, 1), name) is None

@@ -14,7 +14,7 @@ TEXT = (".py", ".md", ".toml", ".txt", ".json", ".cfg", ".yml", ".yaml", "Makefi
 # The character classes keep this file from matching itself.
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w./:~-])/(?:[w]ork|[r]oot|[h]ome/\w|[o]pt/\w|[U]sers/\w)|[A-Z]:\\\\?[U]sers",
-    "the address of a package index": r"[p]ypi\.org|[p]ythonhosted\.org|[d]ownload\.pytorch\.org|[c]onda\.anaconda\.org",
+    "the address of an index": r"[p]ypi\.org|[p]ythonhosted\.org|[d]ownload\.pytorch\.org|[c]onda\.anaconda\.org",
     "a secret": r"\b(?:[h]f_[A-Za-z]{20,}|[g]hp_\w{20,}|[B]EGIN [A-Z ]*PRIVATE KEY)",
     "a conflict mark": r"^(?:[<]{7} |[>]{7} )",
 }
@@ -69,7 +69,7 @@ def test_no_python_file_holds(what):
     [
         ("a path of one machine", 'path = "/ho' + 'me/somebody/model.safetensors"'),
         ("a path of one machine", "cd /wo" + "rk/main"),
-        ("the address of a package index", "pip install --index-url https://py" + "pi.org/simple"),
+        ("the address of an index", "pip install --index-url https://py" + "pi.org/simple"),
         ("a conflict mark", "<" * 7 + " HEAD"),
     ],
 )
