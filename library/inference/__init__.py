@@ -1,0 +1,1 @@
+"""Making pictures: prompt lines, samplers, guidance, the denoising loop, files."""
