@@ -1,0 +1,1 @@
+"""SDXL's four models: reading, writing, tokens, text conditions, latents, predictions."""

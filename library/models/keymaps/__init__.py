@@ -1,0 +1,1 @@
+"""Names of tensors and modules in single files against the names in diffusers and transformers."""
