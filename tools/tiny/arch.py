@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from library.models.tiny.unpack import generated_table
+
 if TYPE_CHECKING:
     import torch
     from transformers import CLIPTokenizer
@@ -22,6 +24,7 @@ VOCAB_SIZE = 49408
 HEAD_DIM = 16
 NORM_GROUPS = 8  # with 32 channels, SDXL's 32 groups would erase the mean colour of each channel
 TABLE_SEEDS = {"te1": 101, "te2": 102}
+TABLE_STD = 0.3
 TABLE_KEYS = {
     "te1": "embeddings.token_embedding.weight",
     "te2": "text_model.embeddings.token_embedding.weight",
@@ -117,8 +120,7 @@ def build_text_encoders(token_ids: np.ndarray | None = None):
 
 def token_table(encoder: str, width: int) -> np.ndarray:
     """The generated token table of "te1" or "te2", float16 (49408, width): untrained rows are exactly these."""
-    rng = np.random.RandomState(TABLE_SEEDS[encoder])  # NumPy guarantees this legacy stream
-    return (rng.standard_normal((VOCAB_SIZE, width)) * 0.3).astype(np.float16)
+    return generated_table(TABLE_SEEDS[encoder], VOCAB_SIZE, width, TABLE_STD)
 
 
 def load_tokenizer() -> "CLIPTokenizer":

@@ -13,7 +13,6 @@ from tools.tiny.files import load_file
 from tools.tiny.sample import Models, sample
 
 FORMAT_VERSION = "1"
-TABLE_STD = 0.3
 FRESH_SEED = 2026  # of the prompts of the score; training looks at those of seed 1
 NUM_STEPS, SCALE = 12, 4.0
 
@@ -21,7 +20,12 @@ NUM_STEPS, SCALE = 12, 4.0
 def token_tables() -> dict[str, dict]:
     """Where the two token tables come from, as written into the header."""
     return {
-        part: {"name": f"{part}.{arch.TABLE_KEYS[part]}", "seed": seed, "num_rows": arch.VOCAB_SIZE, "std": TABLE_STD}
+        part: {
+            "name": f"{part}.{arch.TABLE_KEYS[part]}",
+            "seed": seed,
+            "num_rows": arch.VOCAB_SIZE,
+            "std": arch.TABLE_STD,
+        }
         for part, seed in arch.TABLE_SEEDS.items()
     }
 
@@ -76,10 +80,10 @@ def trained_state(work: Path) -> dict[str, torch.Tensor]:
     state = {f"vae.{name}": value for name, value in load_file(work / "vae.pt").items()}
     state |= trained["average"]
     token_ids = torch.from_numpy(arch.used_token_ids(arch.load_tokenizer(), world.vocabulary()))
-    for part, seed in arch.TABLE_SEEDS.items():
+    for part in arch.TABLE_SEEDS:
         name = f"{part}.{arch.TABLE_KEYS[part]}"
         rows = state[name]
-        table = generated_table(seed, arch.VOCAB_SIZE, rows.shape[1], TABLE_STD)
+        table = arch.token_table(part, rows.shape[1])
         state[name] = torch.from_numpy(table).float().index_copy(0, token_ids, rows)
     return state
 
