@@ -25,7 +25,9 @@ class NoiseSchedule:
         assert self.alphas_cumprod_N.ndim == 1 and self.alphas_cumprod_N.dtype == torch.float64
 
     @classmethod
-    def scaled_linear(cls, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+    def scaled_linear(
+        cls, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> NoiseSchedule:
         """Build the schedule Stable Diffusion was trained with: betas linear in their square roots."""
         betas_N = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1.0 - betas_N, dim=0))

@@ -20,6 +20,6 @@ def sample_timestep(
     """
     low = 0 if min_timestep is None else min_timestep
     high = num_steps if max_timestep is None else max_timestep
-    assert 0 <= low and 0 <= high <= num_steps, f"timesteps {low}..{high} outside 0..{num_steps}"
+    assert min(low, high) >= 0 and high <= num_steps, f"timesteps {low}..{high} outside 0..{num_steps}"
     draw = int(torch.randint(low, max(high, low + 1), (1,), generator=generator, device=generator.device))
     return draw if low < high else min(high, num_steps - 1)

@@ -63,7 +63,9 @@ class UnmappedKeys(ValueError):
     """Names that no rule covers, or of which a rule lacks partners; `unknown` and `incomplete` list them."""
 
     def __init__(self, unknown: Sequence[str], incomplete: Sequence[str]) -> None:
-        super().__init__(f"no rule for {len(unknown)} keys {list(unknown[:5])}, partners missing: {list(incomplete[:5])}")
+        super().__init__(
+            f"no rule for {len(unknown)} keys {list(unknown[:5])}, partners missing: {list(incomplete[:5])}"
+        )
         self.unknown = tuple(unknown)
         self.incomplete = tuple(incomplete)
 

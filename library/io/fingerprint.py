@@ -1,0 +1,123 @@
+"""What a cache entry was made from, as a short JSON text that is stored inside the entry.
+
+Comparing the stored text with the expected one tells whether the entry may be used and, if not, what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import NamedTuple
+
+from library.sizes import Size
+
+LATENT_VERSION = 1
+TEXT_VERSION = 1
+"""Raised when the meaning of an entry changes, so that entries of older versions are rebuilt."""
+
+_NAMES = {
+    "version": "format version",
+    "image": "image",
+    "bucket": "bucket",
+    "resized": "resized size",
+    "crop": "crop",
+    "interpolation": "resize interpolation",
+    "vae": "VAE",
+    "caption": "caption",
+    "text_encoder": "text encoder",
+    "max_token_length": "max token length",
+    "weighted": "weighted captions",
+}
+
+
+class ImageStamp(NamedTuple):
+    """Identity of an image file: bytes, modification time, and (when it was worth reading) a hash of the content."""
+
+    size: int
+    mtime_ns: int
+    hash: str | None = None
+
+
+def image_stamp(path: str | os.PathLike[str], *, with_hash: bool = False) -> ImageStamp:
+    """Stat the file; entries are written `with_hash`, expectations are made without, which reads nothing."""
+    stat = os.stat(path)
+    return ImageStamp(stat.st_size, stat.st_mtime_ns, content_hash(path) if with_hash else None)
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """Return 32 hex digits of BLAKE2b over the file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def latent_fingerprint(
+    *,
+    image: ImageStamp,
+    bucket: Size,
+    resized: Size,
+    crop: tuple[int, int],
+    vae_id: str,
+    interpolation: str | None = None,
+    version: int = LATENT_VERSION,
+) -> str:
+    """Describe a latent: the image, its resize and crop (left, top of the bucket in the resized image), the VAE."""
+    return _dump(
+        version=version,
+        image=list(image),
+        bucket=list(bucket),
+        resized=list(resized),
+        crop=list(crop),
+        interpolation=interpolation,
+        vae=vae_id,
+    )
+
+
+def text_fingerprint(
+    *, caption: str, text_encoder_id: str, max_token_length: int, weighted: bool, version: int = TEXT_VERSION
+) -> str:
+    """Describe encoded text: a hash of the caption as it was encoded, and the encoders and the way they were used."""
+    return _dump(
+        version=version,
+        caption=hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(),
+        text_encoder=text_encoder_id,
+        max_token_length=max_token_length,
+        weighted=weighted,
+    )
+
+
+def changes(stored: str, expected: str, *, image_path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Return what differs, in words for the log ("VAE changed", "caption changed"); empty when the entry is good.
+
+    An image touched or copied (same number of bytes, other time) is hashed before it counts as changed, when the
+    stored stamp has a hash and the expected one has one too or `image_path` says where to look.
+    """
+    try:
+        old, new = json.loads(stored), json.loads(expected)
+        differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+        if "image" in differing and _same_image(ImageStamp(*old["image"]), ImageStamp(*new["image"]), image_path):
+            differing.remove("image")
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return ("fingerprint unreadable",)
+    return tuple(f"{_NAMES.get(key, key)} changed" for key in differing)
+
+
+def _same_image(old: ImageStamp, new: ImageStamp, path: str | os.PathLike[str] | None) -> bool:
+    if old.size != new.size:
+        return False
+    if old.hash is not None and new.hash is not None:
+        return old.hash == new.hash
+    if old.mtime_ns == new.mtime_ns:
+        return True
+    if path is None:
+        return False
+    if old.hash is None:
+        return False
+    try:
+        return content_hash(path) == old.hash
+    except OSError:
+        return False
+
+
+def _dump(**parts: object) -> str:
+    return json.dumps(parts, separators=(",", ":"), ensure_ascii=False)
