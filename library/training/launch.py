@@ -1,0 +1,380 @@
+"""Composition root of training: settings in, a finished run out."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+
+from library.config.dataset_file import dataset_specs
+from library.data.dataset import TrainData, build_train_data
+from library.errors import UserError
+from library.inference import encode_pass
+from library.inference import launch as inference
+from library.inference.prompt_line import read_prompt_file
+from library.io import hashing
+from library.log import get_logger, setup_logging
+from library.models import attention, checkpoint, memory
+from library.models.families import sdxl
+from library.models.tokenizers import load_tokenizer
+from library.plugins import load_plugin
+from library.training import metadata as meta
+from library.training import naming
+from library.training.draws import Draws
+from library.training.hooks import LogHook, NonFiniteHook, SaveHook, StopHook, View
+from library.training.lr import build_scheduler
+from library.training.metrics import Meters, RunLog
+from library.training.optim import GuardedUpdate, build_optimizer, parse_arguments
+from library.training.plan import Schedule, end_text, plan_text, schedule
+from library.training.precision import save_dtype, weight_dtype
+from library.training.preview import PreviewHook
+from library.training.state import Progress, RunFacts, TrainingState
+from library.training.step import TrainStep
+from library.training.trainable import Trainable
+from library.training.trainer import Trainer
+from library.training.writing import ModelWriter
+
+if TYPE_CHECKING:
+    from library.config.cli import RunConfig
+    from library.models.bundle import ModelBundle
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Run:
+    """What the stages of a launch hand to each other."""
+
+    cfg: RunConfig
+    accelerator: Accelerator
+    trainable: Trainable
+    seed: int
+    data: TrainData
+    bundle: ModelBundle
+    latents_cached: bool
+    text_cached: bool
+    previews: list
+    preview_conditioning: Any
+
+
+def train(cfg: RunConfig, trainable: Trainable) -> Progress:
+    """Train `trainable` as `cfg` says, on every process that the launcher started; returns where the run ended.
+
+    Raises UserError for everything a user can mend, as early as it can be known.
+    """
+    setup_logging(level=cfg.loop.console_log_level or "INFO", file=cfg.loop.console_log_file)
+    for notice in cfg.notices:
+        log.info(notice)
+    accelerator = _accelerator(cfg, trainable)
+    run = _prepare(cfg, trainable, accelerator)
+    trainer, state = _assemble(run)
+    if cfg.loop.resume:
+        for sentence in state.load(Path(cfg.loop.resume)):
+            log.warning(f"--resume {cfg.loop.resume}: {sentence}")
+    trainer.run()
+    accelerator.end_training()
+    return trainer.view.progress
+
+
+def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and cfg.loop.mixed_precision == "fp16":
+        raise UserError("fp16 mixed precision needs a GPU", where="--mixed_precision fp16", fix='use "no" or "bf16"')
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=trainable.may_skip_modules, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    return Accelerator(mixed_precision=cfg.loop.mixed_precision, cpu=on_cpu, kwargs_handlers=[ddp])
+
+
+def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> Run:
+    """Data, previews and base model, checked in the order of what costs least; caches are built."""
+    seed = _agreed_seed(cfg.loop.seed, accelerator)
+    previews = _preview_requests(cfg)
+    data = build_train_data(
+        dataset_specs(cfg),
+        seed=seed,
+        tokenize=partial(
+            sdxl.tokenize,
+            load_tokenizer(),
+            max_token_length=cfg.model.max_token_length or 75,
+            weighted=cfg.model.weighted_captions,
+        ),
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+        accumulation=cfg.loop.gradient_accumulation_steps,
+        num_workers=cfg.data.max_data_loader_n_workers,
+        persistent_workers=cfg.data.persistent_data_loader_workers,
+        legacy_crop=cfg.data.legacy_crop_conditioning,
+    )
+    dtype = weight_dtype(cfg.loop.mixed_precision)
+    # One process of a machine reads the file first: the others then find it in the page cache.
+    with accelerator.local_main_process_first():
+        bundle = checkpoint.load_bundle(
+            cfg.model.pretrained_model_name_or_path,
+            vae=cfg.model.vae,
+            dtype=dtype,
+            disable_mmap=cfg.model.disable_mmap_load_safetensors,
+        )
+    _check_prediction_type(cfg, bundle)
+    bundle.vae.to(torch.float32 if cfg.model.no_half_vae else dtype)
+    memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
+    attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
+    run = Run(cfg, accelerator, trainable, seed, data, bundle, False, False, previews, None)
+    _fill_caches(run)
+    return run
+
+
+def _agreed_seed(seed: int | None, accelerator: Accelerator) -> int:
+    chosen = [seed if seed is not None else random.SystemRandom().randrange(2**32)]
+    broadcast_object_list(chosen)
+    if seed is None:
+        log.info(f"seed {chosen[0]} (drawn, because --seed is not given)")
+    return chosen[0]
+
+
+def _preview_requests(cfg: RunConfig) -> list:
+    if not cfg.preview.sample_prompts:
+        return []
+    from library.sizes import parse_resolution
+
+    size = parse_resolution(cfg.data.resolution) if cfg.data.resolution else None
+    return read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
+
+
+def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:
+    wanted = "v_prediction" if cfg.model.v_parameterization else None
+    if wanted and bundle.prediction_type != wanted:
+        log.info("training with v-prediction, as --v_parameterization says")
+        bundle.prediction_type = wanted
+    elif bundle.prediction_type == "v_prediction" and not cfg.model.v_parameterization:
+        raise UserError(
+            "the checkpoint is a v-prediction model",
+            where=f"--pretrained_model_name_or_path {cfg.model.pretrained_model_name_or_path}",
+            fix="add --v_parameterization",
+        )
+
+
+def _fill_caches(run: Run) -> None:
+    """Latents and text outputs, as asked; afterwards the encoders that are not needed leave the device."""
+    cfg, accelerator, bundle = run.cfg, run.accelerator, run.bundle
+    place = {
+        "cfg": cfg,
+        "device": accelerator.device,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+    }
+    if cfg.data.cache_latents:
+        store, report = encode_pass.cache_latents_pass(bundle, run.data, **place)
+        run.data.attach_latents(store)
+        run.latents_cached = True
+        log.info(report.text("latents"))
+        bundle.vae.to("cpu")
+    else:
+        bundle.vae.to(accelerator.device)
+    trains_text = bool(run.trainable.trains & {"te1", "te2"})
+    if cfg.data.cache_text_encoder_outputs:
+        store, report = encode_pass.cache_text_pass(bundle, run.data, **place)
+        run.data.attach_text(store)
+        run.text_cached = True
+        log.info(report.text("text encoder outputs"))
+    if run.previews and not trains_text:
+        run.preview_conditioning = inference.encode_requests(
+            bundle, run.previews, device=accelerator.device, text_form="train"
+        )
+    if run.text_cached:
+        for encoder in (bundle.text_encoder_1, bundle.text_encoder_2):
+            encoder.to("cpu")
+
+
+def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
+    """Attach, wrap, optimizer, schedule, hooks."""
+    cfg, accelerator, bundle, trainable = run.cfg, run.accelerator, run.bundle, run.trainable
+    memory.freeze(bundle)
+    # Initial adapter weights come from the global generator: seed it, so that ranks and repeated runs agree.
+    torch.manual_seed(run.seed)
+    trained = trainable.attach(bundle)
+    if cfg.loop.gradient_checkpointing:
+        memory.enable_gradient_checkpointing(bundle, text_encoders=bool(trainable.trains & {"te1", "te2"}))
+    groups = trainable.param_groups()
+    if not groups:
+        raise UserError(
+            "nothing is left to train",
+            where="--learning_rate, --unet_lr, --text_encoder_lr",
+            fix="give the parts that should train a rate above 0",
+        )
+    loss = load_plugin("library.diffusion.losses", cfg.diffusion.loss_type)
+    step = TrainStep(bundle, trainable, trained, elementwise_loss=loss.elementwise, with_text=not run.text_cached)
+    step.train()
+    wrapped = accelerator.prepare_model(step)
+    length = schedule(
+        run.data.steps_per_epoch,
+        max_train_steps=cfg.loop.max_train_steps,
+        max_train_epochs=cfg.loop.max_train_epochs,
+    )
+    optimizer = build_optimizer(
+        groups,
+        optimizer_type="AdamW8bit" if cfg.optim.use_8bit_adam else cfg.optim.optimizer_type or "AdamW",
+        learning_rate=cfg.optim.learning_rate,
+        arguments=cfg.optim.optimizer_args,
+    )
+    scheduler = build_scheduler(
+        optimizer,
+        name=cfg.optim.lr_scheduler,
+        total_steps=length.total_steps,
+        warmup=cfg.optim.lr_warmup_steps,
+        num_cycles=cfg.optim.lr_scheduler_num_cycles,
+        power=cfg.optim.lr_scheduler_power,
+        arguments=cfg.optim.lr_scheduler_args,
+    )
+    update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)
+    view = View(Progress(), length.total_steps, length.num_epochs, Meters())
+    state = _state(run, trained, optimizer, scheduler, view)
+    hooks = _hooks(run, view, state, optimizer, length, update)
+    draws = Draws(run.seed, cfg.diffusion.min_timestep or 0, cfg.diffusion.max_timestep or 1000)
+    say_plan = partial(_say_plan, run, groups, length, view)
+    trainer = Trainer(accelerator, wrapped, trainable, run.data, draws, update, scheduler, view, hooks, say_plan)
+    return trainer, state
+
+
+def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:
+    facts = RunFacts(
+        run_seed=run.seed,
+        data=run.data.fingerprint(),
+        samples_per_micro_batch=run.accelerator.num_processes,
+        accumulation=run.cfg.loop.gradient_accumulation_steps,
+    )
+    others = {"optimizer": optimizer, "scheduler": scheduler, "meters": view.meters}
+    if run.accelerator.scaler is not None:
+        others["scaler"] = run.accelerator.scaler
+    return TrainingState(view.progress, facts, trained, others)
+
+
+def _say_plan(run: Run, groups: list, length: Schedule, view: View, seconds_per_step: float | None) -> None:
+    cfg, accelerator = run.cfg, run.accelerator
+    sizes = sorted({spec.batch_size for spec in run.data.specs})
+    batch = (
+        f"{'/'.join(map(str, sizes))} x {cfg.loop.gradient_accumulation_steps} accumulated x "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+    frozen = str(weight_dtype(cfg.loop.mixed_precision)).removeprefix("torch.")
+    precision = f"mixed precision {cfg.loop.mixed_precision}, frozen weights {frozen}"
+    end = end_text(seconds_per_step, length.total_steps - view.progress.global_step, now=datetime.now())
+    log.info(plan_text(run.data.summary(), groups, length, batch=batch, precision=precision, end=end))
+
+
+def _hooks(
+    run: Run, view: View, state: TrainingState, optimizer: Any, length: Schedule, update: GuardedUpdate
+) -> list[Any]:
+    cfg, accelerator = run.cfg, run.accelerator
+    every = cfg.loop.log_every_n_steps
+    stop = StopHook(agree=None if accelerator.num_processes == 1 else partial(_any_rank, accelerator), every=every)
+    hooks: list[Any] = [stop, NonFiniteHook(lambda: update.skipped, every)]
+    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name)
+    flush: Callable[[View], None] = lambda view: view.meters.flush() and None  # noqa: E731
+    if accelerator.is_main_process:
+        resumed = 0
+        if cfg.loop.resume:
+            from library.training.state import read_description
+
+            resumed = read_description(Path(cfg.loop.resume))["progress"]["global_step"]
+        log_hook = LogHook(_run_log(cfg, resumed), every)
+        flush = log_hook.flush
+        hooks.append(log_hook)
+    writer = ModelWriter(
+        run.trainable,
+        dtype=save_dtype(cfg.save.save_precision),
+        metadata=_metadata(run, optimizer, length),
+        cfg=cfg,
+        prediction_type=run.bundle.prediction_type,
+    )
+    period = cfg.save.save_every_n_epochs
+    if cfg.save.save_n_epoch_ratio:
+        period = naming.save_period_from_ratio(length.num_epochs, cfg.save.save_n_epoch_ratio)
+    hooks.append(
+        SaveHook(
+            names,
+            cfg.save.model_copy(update={"save_every_n_epochs": period}),
+            save_model=partial(_on_main, accelerator, writer),
+            save_state=partial(_on_main, accelerator, state.save),
+            flush=flush,
+            is_main=accelerator.is_main_process,
+        )
+    )
+    if run.previews:
+        hooks.append(
+            PreviewHook(
+                run.bundle,
+                run.previews,
+                run.preview_conditioning,
+                cfg.preview,
+                Path(cfg.save.output_dir) / "sample",
+                cfg.save.output_name,
+                accelerator.device,
+                accelerator.autocast if cfg.loop.mixed_precision != "no" else contextlib.nullcontext,
+                accelerator.wait_for_everyone,
+                enabled=accelerator.is_main_process,
+            )
+        )
+    return hooks
+
+
+def _on_main(accelerator: Accelerator, write: Callable[..., None], *arguments: Any) -> None:
+    if accelerator.is_main_process:
+        write(*arguments)
+    accelerator.wait_for_everyone()
+
+
+def _any_rank(accelerator: Accelerator, seen: bool) -> bool:
+    flag = torch.tensor(float(seen), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum").item())
+
+
+def _run_log(cfg: RunConfig, resumed_step: int) -> RunLog:
+    output = Path(cfg.save.output_dir)
+    base = cfg.save.output_name or "last"
+    folder = Path(cfg.loop.logging_dir) if cfg.loop.logging_dir else output / "logs"
+    return RunLog(
+        output / f"{base}-log.jsonl", folder / f"{cfg.loop.log_prefix or ''}{base}", resumed_step=resumed_step
+    )
+
+
+def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
+    cfg, data = run.cfg, run.data
+    summary = data.summary()
+    description = meta.RunDescription(
+        session_id=str(uuid.uuid4().int % 2**32),
+        started_at=time.time(),
+        seed=run.seed,
+        optimizer=meta.optimizer_text(optimizer, parse_arguments(cfg.optim.optimizer_args, "--optimizer_args")),
+        num_train_images=summary.repeats,
+        num_reg_images=0,
+        num_batches_per_epoch=data.batches_per_epoch,
+        num_epochs=length.num_epochs,
+        max_train_steps=length.total_steps,
+        model_hashes=_model_hashes(cfg, run.bundle),
+    )
+    return meta.network_metadata(cfg.flat(), description, data.ss_metadata(), run.trainable.export(None).metadata)
+
+
+def _model_hashes(cfg: RunConfig, bundle: ModelBundle) -> dict[str, str]:
+    found = {"ss_sd_model_name": Path(bundle.source).name}
+    if bundle.resolved_path.is_file():
+        found["ss_sd_model_hash"] = hashing.legacy_hash(bundle.resolved_path)
+        found["ss_new_sd_model_hash"] = hashing.sha256_file(bundle.resolved_path)
+    if cfg.model.vae:
+        found["ss_vae_name"] = Path(cfg.model.vae).name
+        if Path(cfg.model.vae).is_file():
+            found["ss_vae_hash"] = hashing.legacy_hash(Path(cfg.model.vae))
+            found["ss_new_vae_hash"] = hashing.sha256_file(Path(cfg.model.vae))
+    return found

@@ -1,0 +1,64 @@
+"""The plan of a run, printed before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from library.data.dataset import DataSummary
+from library.training.trainable import ParamGroup
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is. `steps_per_epoch` and `total_steps` count optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs begun by a run of `total_steps`."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+
+def schedule(steps_per_epoch: int, *, max_train_steps: int, max_train_epochs: int | None) -> Schedule:
+    """Epochs win over steps when both are given, as in sd-scripts."""
+    total = steps_per_epoch * max_train_epochs if max_train_epochs else max_train_steps
+    return Schedule(steps_per_epoch, total)
+
+
+def end_text(seconds_per_step: float | None, steps_left: int, *, now: datetime) -> str:
+    """When `steps_left` steps will be done, in words."""
+    if seconds_per_step is None:
+        return f"after {steps_left} steps (too few to estimate the time)"
+    length = timedelta(seconds=round(seconds_per_step * steps_left))
+    return f"about {now + length:%Y-%m-%d %H:%M:%S}, in {length} ({seconds_per_step:.2f} s a step)"
+
+
+def plan_text(
+    data: DataSummary, groups: Sequence[ParamGroup], run: Schedule, *, batch: str, precision: str, end: str
+) -> str:
+    """Images, buckets, repeats, steps, epochs, trained parameters and the estimated end, one fact a line.
+
+    batch: batch size x accumulation x processes in words. precision: of the weights and the mixed precision in words.
+    end: from `end_text`.
+    """
+    lines = ["", "Plan"]
+
+    def row(name: str, text: str) -> None:
+        lines.append(f"  {name:<12} {text}")
+
+    skipped = f", {len(data.skipped)} left out (listed above)" if data.skipped else ""
+    row("images", f"{data.images} ({data.repeats} samples an epoch with repeats){skipped}")
+    buckets = ", ".join(f"{size.w}x{size.h}: {count}" for size, count in sorted(data.buckets.items()))
+    row("buckets", f"{len(data.buckets)} ({buckets}), mean aspect error {data.mean_ar_error:.4f}")
+    row("batch", batch)
+    row("steps", f"{run.total_steps} in {run.num_epochs} epochs of {run.steps_per_epoch}")
+    for group in groups:
+        count = sum(p.numel() for p in group["params"])
+        row("trains", f"{group['name']}: {count:,} parameters in {len(group['params'])} tensors, lr {group['lr']:g}")
+    row("precision", precision)
+    row("end", end)
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""One forward pass from a batch to a loss, as one module: wrapped whole, so that DDP sees every trained parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from library.data.types import Batch
+from library.diffusion.conditioning import TextCond
+from library.diffusion.reduce import per_sample, weighted_mean
+from library.diffusion.targets import training_target
+from library.models.families import sdxl
+from library.training.draws import Draw
+from library.training.trainable import Trainable
+
+if TYPE_CHECKING:
+    from library.models.bundle import ModelBundle
+
+
+class StepOutput(NamedTuple):
+    """loss: float32 scalar to optimise, the mean over the batch's real rows. loss_B: float32 per row, detached."""
+
+    loss: Tensor
+    loss_B: Tensor
+
+
+class TrainStep(nn.Module):
+    """Batch and draw in, loss out; pure in both.
+
+    Order of operations: spec of the SDXL forward step (latents x 0.13025, text, noise, prediction, target, loss in
+    float32, mean over C, h, w, times the sample's weight, mean over the real rows).
+
+    trained: the module that owns the trained parameters. elementwise_loss: a plugin's function of (prediction, target),
+    both float32 BChw. with_text: whether batches come with tokens instead of cached text outputs.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        trainable: Trainable,
+        trained: nn.Module,
+        *,
+        elementwise_loss: Callable[[Tensor, Tensor], Tensor],
+        with_text: bool,
+    ) -> None:
+        super().__init__()
+        self.unet = bundle.unet
+        # Left out when their outputs are cached: what is registered here moves to the device.
+        self.text_encoder_1 = bundle.text_encoder_1 if with_text else None
+        self.text_encoder_2 = bundle.text_encoder_2 if with_text else None
+        self.trained = trained
+        self.bundle = bundle
+        self.trainable = trainable
+        self.elementwise_loss = elementwise_loss
+        self.schedule = bundle.schedule
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        buffers = [name for name, _ in self.named_buffers()]
+        # Frozen weights are equal on all ranks because they came from one file: broadcasting gigabytes of them when
+        # DDP starts would only cost time.
+        self._ddp_params_and_buffers_to_ignore = frozen + buffers
+
+    def forward(self, batch: Batch, draw: Draw) -> StepOutput:
+        """Loss of one micro-batch; `batch` and `draw` are on the module's device."""
+        latents = self._latents(batch, draw) * self.bundle.scaling_factor
+        text = self._text(batch)
+        noisy = self.schedule.add_noise(latents, draw.noise_BChw, draw.t_B)
+        with self.trainable.forward_scope(batch):
+            prediction = sdxl.predict(self.unet, noisy, draw.t_B, text, batch.sizes_B6)
+        target = training_target(
+            self.bundle.prediction_type, schedule=self.schedule, x0=latents, noise=draw.noise_BChw, t=draw.t_B
+        )
+        loss_B = per_sample(self.elementwise_loss(prediction.float(), target.float()))
+        return StepOutput(weighted_mean(loss_B, batch.weight_B, batch.num_real), loss_B.detach())
+
+    def _latents(self, batch: Batch, draw: Draw) -> Tensor:
+        if batch.latents_B4hw is not None:
+            return batch.latents_B4hw.float()
+        with torch.no_grad():
+            return sdxl.encode_image(self.bundle.vae, batch.pixels_B3HW, draw.posterior_BChw).float()
+
+    def _text(self, batch: Batch) -> TextCond:
+        if batch.text is not None:
+            return batch.text
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trainable.trains & {"te1", "te2"})):
+            return sdxl.encode_text(self.text_encoder_1, self.text_encoder_2, batch.tokens)

@@ -1,0 +1,66 @@
+"""What differs between training modes, and nothing else: the `Trainable` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+from torch import Tensor, dtype, nn
+
+if TYPE_CHECKING:
+    from library.data.types import Batch
+    from library.models.bundle import ModelBundle
+
+Part = Literal["unet", "te1", "te2"]
+
+
+class ParamGroup(TypedDict):
+    """One optimizer group: `name` appears in logs, `lr` is absolute, `params` are leaf tensors that require grad."""
+
+    name: str
+    params: list[Tensor]
+    lr: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a trainable writes: named CPU tensors in the file's own key names, and the metadata that it knows itself."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, str]
+
+
+class Trainable(Protocol):
+    """A training mode, composed into the one loop (never a subclass of it).
+
+    trains: the parts whose forward pass needs gradients. It decides freezing and which caches are legal: text outputs
+        may be cached only when neither "te1" nor "te2" is in it.
+    needs: names of extra `Batch` fields that must be present, checked before any weight is loaded.
+    may_skip_modules: True when a forward pass may leave a trained parameter unused (DDP must then search for them).
+    """
+
+    trains: frozenset[Part]
+    needs: frozenset[str]
+    may_skip_modules: bool
+
+    def attach(self, bundle: ModelBundle) -> nn.Module:
+        """Inject what is trained into `bundle` (already frozen) and return the module that owns the parameters."""
+        ...
+
+    def param_groups(self) -> list[ParamGroup]:
+        """The optimizer's groups, in the order in which they are logged and saved."""
+        ...
+
+    def forward_scope(self, batch: Batch) -> AbstractContextManager[Any]:
+        """A context around the U-Net call, for modes that condition it (LLLite); a null context elsewhere."""
+        ...
+
+    def after_step(self) -> Mapping[str, Tensor]:
+        """Called after each optimizer step; returns 0-d tensors to log (read only at the logging interval)."""
+        ...
+
+    def export(self, dtype: dtype | None) -> Artifact:
+        """The trained weights under the names of their file format, cast to `dtype` (None: as they are)."""
+        ...

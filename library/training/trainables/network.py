@@ -1,0 +1,106 @@
+"""Trains an adapter network (the LoRA family) on a frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.types import Batch
+from library.errors import UserError
+from library.inference.adapters import adapter_roots
+from library.io.safetensors_file import TensorReader
+from library.plugins import load_plugin
+from library.training.trainable import Artifact, ParamGroup, Part
+from networks._args import split_args
+
+if TYPE_CHECKING:
+    from library.config.cli import RunConfig
+    from library.models.bundle import ModelBundle
+    from networks._network import AdapterNetwork
+
+
+class NetworkTrainable:
+    """The `Trainable` of `sdxl_train_network.py`: which module, on which parts, at which rates is read from `cfg`.
+
+    Raises UserError for a network module that does not exist or is not of this suite, and for wrong network_args.
+    """
+
+    needs: frozenset[str] = frozenset()
+    may_skip_modules = False
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.module = load_plugin("networks", cfg.network.network_module)
+        if not hasattr(self.module, "create_from_weights"):
+            raise UserError(
+                f"{cfg.network.network_module} is not a network module of this suite; others are not supported yet",
+                where="--network_module",
+                fix="use networks.lora",
+            )
+        self.parts = _parts(cfg)
+        self.trains = frozenset(part for part in self.parts if self._rate(part))
+        self.network: AdapterNetwork
+
+    def _rate(self, part: Part) -> float:
+        """The learning rate in force for a part: its own, else `--learning_rate`."""
+        settings, default = self.cfg.network, self.cfg.optim.learning_rate
+        if part == "unet":
+            return default if settings.unet_lr is None else settings.unet_lr
+        rates = settings.text_encoder_lr or [default]
+        return rates[0] if part == "te1" else rates[-1]
+
+    def attach(self, bundle: ModelBundle) -> nn.Module:
+        """Build the network on `bundle`, load `--network_weights`, and hook it into the forward passes."""
+        settings = self.cfg.network
+        roots = [root for root in adapter_roots(bundle) if root.part in self.parts]
+        tensors = _read(settings.network_weights) if settings.network_weights else None
+        if settings.dim_from_weights:
+            self.network = self.module.create_from_weights(roots, tensors, where=settings.network_weights)
+        else:
+            self.network = self.module.create(
+                roots,
+                dim=settings.network_dim,
+                alpha=settings.network_alpha,
+                dropout=settings.network_dropout,
+                args=split_args(settings.network_args or ()),
+            )
+            if tensors is not None:
+                self.network.load(tensors, where=settings.network_weights)
+        self.network.attach()
+        return self.network
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Text encoder groups, then the U-Net's; a part with rate 0 has none."""
+        return self.network.param_groups(
+            unet_lr=self._rate("unet"), text_encoder_lrs=[self._rate("te1"), self._rate("te2")], default_lr=None
+        )
+
+    def forward_scope(self, batch: Batch) -> AbstractContextManager[Any]:
+        """Nothing to set: adapters act by themselves."""
+        return nullcontext()
+
+    def after_step(self) -> Mapping[str, Tensor]:
+        """Nothing to repair after a step."""
+        return {}
+
+    def export(self, dtype: torch.dtype | None) -> Artifact:
+        """The network under sd-scripts' key names."""
+        return Artifact(*self.network.export(dtype=dtype))
+
+
+def _parts(cfg: RunConfig) -> tuple[Part, ...]:
+    if cfg.network.network_train_unet_only:
+        return ("unet",)
+    if cfg.network.network_train_text_encoder_only:
+        return ("te1", "te2")
+    return ("te1", "te2", "unet")
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    with TensorReader(Path(path)) as reader:
+        return {name: reader.get(name) for name in reader}

@@ -1,0 +1,23 @@
+"""Train a LoRA for SDXL: `accelerate launch sdxl_train_network.py --config_file run.toml`."""
+
+from __future__ import annotations
+
+import sys
+
+from library.config.cli import parse
+from library.errors import entry_point
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Parse the settings (before torch is imported), then train; returns the exit code."""
+    cfg = parse("sdxl_train_network", argv)
+    from library.training.launch import train
+    from library.training.trainables.network import NetworkTrainable
+
+    train(cfg, NetworkTrainable(cfg))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

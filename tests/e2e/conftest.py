@@ -1,0 +1,69 @@
+"""A few pictures and one way to start the real scripts in process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A DreamBooth folder with pictures of three shapes and captions: 7 images, two of them wide, two tall."""
+    folder = tmp_path / "train" / "2_thing"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index, (w, h) in enumerate([(64, 64)] * 3 + [(96, 64)] * 2 + [(64, 96)] * 2):
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(folder / f"p{index}.png")
+        (folder / f"p{index}.txt").write_text(f"a red circle, number {index}, plain")
+    return folder.parent
+
+
+@pytest.fixture
+def train(tmp_path, pictures):
+    """train(output_name, *extra flags) runs sdxl_train_network.main and returns the output folder."""
+    import sdxl_train_network
+
+    def run(name: str, *flags: str) -> Path:
+        output = tmp_path / name
+        argv = [
+            "--pretrained_model_name_or_path=tiny",
+            f"--train_data_dir={pictures}",
+            "--caption_extension=.txt",
+            "--resolution=64",
+            "--enable_bucket",
+            "--min_bucket_reso=32",
+            "--max_bucket_reso=128",
+            "--bucket_reso_steps=32",
+            "--train_batch_size=2",
+            "--network_module=networks.lora",
+            "--network_dim=4",
+            "--learning_rate=1e-2",
+            "--max_data_loader_n_workers=0",
+            "--seed=7",
+            f"--output_dir={output}",
+            "--output_name=net",
+            *flags,
+        ]
+        assert sdxl_train_network.main(argv) == 0
+        return output
+
+    return run
+
+
+def log_of(output: Path) -> list[dict]:
+    """The records of a run without what depends on the machine."""
+    lines = (output / "net-log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "images_per_second")} for line in lines]
+
+
+def copy_log(source: Path, target: Path) -> None:
+    """Start `target` with the log of `source`, as a run does that goes on in the same folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "net-log.jsonl", target / "net-log.jsonl")

@@ -1,0 +1,61 @@
+"""A run that is interrupted and resumed equals the run that was not, to the bit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import copy_log, log_of
+
+
+def _state_tensors(folder):
+    tensors = load_file(folder / "trained.safetensors")
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+    for index, values in optimizer["state"].items():
+        tensors |= {f"{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    return tensors
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_thirteen_steps_and_seventeen_resumed_equal_thirty(train, workers, accumulation):
+    flags = [
+        "--max_train_steps=30",
+        f"--gradient_accumulation_steps={accumulation}",
+        f"--max_data_loader_n_workers={workers}",
+        "--network_dropout=0.1",
+        "--caption_dropout_rate=0.3",
+        "--shuffle_caption",
+        "--random_crop",
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=5",
+        "--save_state",
+    ]
+    whole = train("whole", *flags, "--save_every_n_steps=13")
+    copy_log(whole, whole.parent / "resumed")
+    resumed = train("resumed", *flags, f"--resume={whole / 'net-step00000013-state'}")
+
+    expected, got = _state_tensors(whole / "net-state"), _state_tensors(resumed / "net-state")
+    assert expected.keys() == got.keys() and len(expected) > 1000
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    first, second = load_file(whole / "net.safetensors"), load_file(resumed / "net.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert log_of(whole) == log_of(resumed)
+    assert [record["step"] for record in log_of(resumed)] == list(range(1, 31))
+
+
+@pytest.mark.e2e
+def test_the_number_of_workers_does_not_change_a_run(train):
+    flags = ["--max_train_steps=6", "--random_crop", "--shuffle_caption", "--flip_aug"]
+    one = log_of(train("w0", *flags))
+    two = log_of(train("w2", *flags, "--max_data_loader_n_workers=2", "--persistent_data_loader_workers"))
+    assert one == two
+
+
+@pytest.mark.e2e
+def test_gradient_checkpointing_does_not_change_a_run(train):
+    flags = ["--max_train_steps=4"]
+    plain, checkpointed = log_of(train("a", *flags)), log_of(train("b", *flags, "--gradient_checkpointing"))
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
