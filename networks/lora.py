@@ -45,7 +45,7 @@ class LoraAdapter(Adapter):
         # Made on the CPU, so that a seed gives the same start on every device; meta stays meta.
         device = "meta" if base.weight.is_meta else "cpu"
         if isinstance(base, nn.Conv2d):
-            geometry = dict(kernel_size=base.kernel_size, stride=base.stride, padding=base.padding)
+            geometry = {"kernel_size": base.kernel_size, "stride": base.stride, "padding": base.padding}
             self.lora_down = nn.utils.skip_init(
                 nn.Conv2d, base.in_channels, rank, **geometry, dilation=base.dilation, bias=False, device=device
             )
@@ -116,7 +116,7 @@ def create(
         spatial = target.is_spatial_conv
         return LoraAdapter(
             target.module,
-            rank=parsed.conv_dim if spatial else dim,
+            rank=(parsed.conv_dim or dim) if spatial else dim,
             alpha=parsed.conv_alpha if spatial else alpha,
             dropout=drop,
             rank_dropout=parsed.rank_dropout,

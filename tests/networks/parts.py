@@ -14,7 +14,7 @@ def sai_name(path: str) -> str:
         slot = 1 if kind == "attentions" else 2 * int(index)
         return ".".join([f"middle_block.{slot}", *resnet_part(tail)])
     if head in ("down_blocks", "up_blocks"):
-        block, kind, index, *tail = rest.split(".")
+        _block, kind, index, *tail = rest.split(".")
         i, j = numbers[:2]
         if kind == "downsamplers":
             return f"input_blocks.{3 * (i + 1)}.0.op"
@@ -43,23 +43,23 @@ def te1_name(path: str) -> str:
     return path if path.startswith("text_model.") else "text_model." + path
 
 
-FULL_UNET = dict(
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-TINY_UNET = dict(
-    block_out_channels=(32, 64, 80),
-    transformer_layers_per_block=(1, 1, 2),
-    attention_head_dim=(2, 4, 5),
-    cross_attention_dim=80,
-    addition_time_embed_dim=32,
-    projection_class_embeddings_input_dim=48 + 6 * 32,
-    norm_num_groups=8,
-)
+FULL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TINY_UNET = {
+    "block_out_channels": (32, 64, 80),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 5),
+    "cross_attention_dim": 80,
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 48 + 6 * 32,
+    "norm_num_groups": 8,
+}
 
 
 def make_unet(**sizes):
@@ -81,12 +81,12 @@ def make_unet(**sizes):
 def make_text_encoders(width1: int, width2: int, *, layers: tuple[int, int], heads: tuple[int, int], vocab: int):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    shared = dict(vocab_size=vocab, bos_token_id=vocab - 2, eos_token_id=vocab - 1, max_position_embeddings=77)
+    shared = {"vocab_size": vocab, "bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "max_position_embeddings": 77}
     made = []
     for kind, width, n, h in zip(
         (CLIPTextModel, CLIPTextModelWithProjection), (width1, width2), layers, heads, strict=True
     ):
-        sizes = dict(hidden_size=width, num_hidden_layers=n, num_attention_heads=h, intermediate_size=4 * width)
+        sizes = {"hidden_size": width, "num_hidden_layers": n, "num_attention_heads": h, "intermediate_size": 4 * width}
         made.append(kind(CLIPTextConfig(**sizes, projection_dim=width, **shared)).eval())
     return made
 
@@ -103,15 +103,15 @@ def make_roots(unet, te1=None, te2=None) -> list[AdapterRoot]:
 
 def unet_inputs(batch: int = 2, seed: int = 0) -> dict[str, object]:
     g = torch.Generator().manual_seed(seed)
-    return dict(
-        sample=torch.randn(batch, 4, 8, 8, generator=g),
-        timestep=torch.full((batch,), 500),
-        encoder_hidden_states=torch.randn(batch, 7, 80, generator=g),
-        added_cond_kwargs=dict(
-            text_embeds=torch.randn(batch, 48, generator=g),
-            time_ids=torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(batch, 6),
-        ),
-    )
+    return {
+        "sample": torch.randn(batch, 4, 8, 8, generator=g),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, 7, 80, generator=g),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(batch, 48, generator=g),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(batch, 6),
+        },
+    }
 
 
 def filled(network, seed: int = 3, size: float = 0.2):

@@ -32,7 +32,7 @@ def attached(tiny_roots):
     made = []
 
     def make(**settings):
-        settings = dict(dim=4, alpha=2.0) | settings
+        settings = {"dim": 4, "alpha": 2.0} | settings
         network = lora.create(tiny_roots, **settings).eval()
         made.append(network)
         return network.attach()

@@ -81,7 +81,7 @@ def test_spatial_convs_use_conv_dim_and_everything_else_network_dim(full_network
     for name, adapter in full_network_with_conv.adapters.items():
         spatial = name.endswith(("in_layers_2", "out_layers_3", "_op", "_2_conv"))
         assert adapter.rank == (2 if spatial else 4), name
-        assert adapter.scale == (0.25 if spatial else 0.25), name
+        assert adapter.scale == 0.25, name
 
 
 def test_shapes_on_the_full_model_are_those_of_the_format(full_network_with_conv):
