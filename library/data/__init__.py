@@ -1,0 +1,1 @@
+"""Images and captions in, batches out: buckets, captions, crops, epoch order, caches. Knows no model."""

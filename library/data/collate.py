@@ -1,0 +1,137 @@
+"""Builds batches, in the main process or in data loader workers, from picklable parts only.
+
+Every random draw of a sample is seeded by (run seed, purpose, epoch, record, repeat), so a batch does not depend on
+which worker builds it or on what was built before.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from library.data.batching import RankRows, Row
+from library.data.captions import process_caption
+from library.data.stores import LatentStore, TextStore
+from library.data.transforms import crop_info, load_sample, read_record
+from library.data.types import READ_ERRORS, Batch, PlacedImage, SampleKey, Skipped
+from library.diffusion.conditioning import CropInfo, TextCond, legacy_size_ids, size_ids
+from library.seeds import derive_seed
+
+
+class Work(NamedTuple):
+    """One batch to build: a rank's rows of a micro-batch in an epoch (counted from 0)."""
+
+    epoch: int
+    rows: RankRows
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished row; exactly one of `pixels_3HW` and `latents_4hw` is set."""
+
+    key: SampleKey
+    caption: str
+    crop: CropInfo
+    weight: float
+    pixels_3HW: Tensor | None = None
+    latents_4hw: Tensor | None = None
+    text: TextCond | None = None
+
+
+class BatchBuilder(Dataset):
+    """Maps Work to Batch. Holds records and stores, no model and no tokenizer, so workers can be spawned."""
+
+    def __init__(
+        self,
+        images: list[PlacedImage],
+        *,
+        seed: int,
+        legacy_crop: bool,
+        latents: LatentStore | None = None,
+        text: TextStore | None = None,
+    ) -> None:
+        self.images = images
+        self.seed = seed
+        self.legacy_crop = legacy_crop
+        self.latents = latents
+        self.text = text
+
+    def __getitem__(self, work: Work) -> Batch:
+        samples: list[Sample] = []
+        failures: list[Skipped] = []
+        for row in work.rows.rows[: work.rows.num_real]:
+            try:
+                samples.append(self.load(row, epoch=work.epoch))
+            except READ_ERRORS as error:
+                failures.append(Skipped.because_of(self.images[row.image].record.path, error))
+        num_real = len(samples)
+        if not samples:
+            samples.append(self._filler(work))
+        samples += [samples[0]] * (len(work.rows.rows) - len(samples))
+        return self._collate(samples, work=work, num_real=num_real, failures=tuple(failures))
+
+    def load(self, row: Row, *, epoch: int) -> Sample:
+        """One sample, with all its draws for this visit."""
+        image = self.images[row.image]
+        record, subset = image.record, image.record.subset
+        caption = process_caption(
+            record.caption, subset, rng=self._rng("caption", epoch=epoch, image=image, row=row), epoch=epoch + 1
+        )
+        flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
+        pixels = latents = None
+        if self.latents is not None:
+            latents = self.latents.get(record.key, flipped=flip)
+            crop = crop_info(record.size, image.placement, flipped=flip)
+        else:
+            crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
+            pixels, crop = load_sample(
+                read_record(record),
+                image.placement,
+                flip=flip,
+                crop_rng=crop_rng,
+                interpolation=subset.resize_interpolation,
+            )
+        text = None if self.text is None else self.text.get(record.key, empty=caption == "")
+        return Sample(SampleKey(record.key, row.repeat), caption, crop, record.weight, pixels, latents, text)
+
+    def _rng(self, purpose: str, *, epoch: int, image: PlacedImage, row: Row) -> random.Random:
+        return random.Random(derive_seed(self.seed, purpose, epoch, image.record.key, row.repeat))
+
+    def _filler(self, work: Work) -> Sample:
+        """A blank row of the right shape, for a rank none of whose own rows can be had. It carries no weight."""
+        row = work.rows.rows[0]
+        image = self.images[row.image]
+        bucket = image.placement.bucket
+        crop = crop_info(image.record.size, image.placement, flipped=False)
+        pixels = latents = None
+        if self.latents is not None:
+            latents = torch.zeros(4, bucket.h // 8, bucket.w // 8)
+        else:
+            pixels = torch.zeros(3, bucket.h, bucket.w)
+        text = None if self.text is None else self.text.empty
+        return Sample(SampleKey(image.record.key, row.repeat), "", crop, 0.0, pixels, latents, text)
+
+    def _collate(self, samples: list[Sample], *, work: Work, num_real: int, failures: tuple[Skipped, ...]) -> Batch:
+        ids = legacy_size_ids if self.legacy_crop else size_ids
+        weights = [sample.weight for sample in samples[:num_real]] + [0.0] * (len(samples) - num_real)
+        return Batch(
+            keys=[sample.key for sample in samples],
+            num_real=num_real,
+            weight_B=torch.tensor(weights, dtype=torch.float32),
+            captions=[sample.caption for sample in samples],
+            sizes_B6=torch.tensor([ids(sample.crop) for sample in samples], dtype=torch.float32),
+            bucket=work.rows.bucket,
+            pixels_B3HW=_stack([sample.pixels_3HW for sample in samples]),
+            latents_B4hw=_stack([sample.latents_4hw for sample in samples]),
+            text=None if self.text is None else TextCond.cat([sample.text for sample in samples]),
+            failures=failures,
+        )
+
+
+def _stack(rows: list[Tensor | None]) -> Tensor | None:
+    return None if rows[0] is None else torch.stack(rows)

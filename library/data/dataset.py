@@ -1,0 +1,225 @@
+"""The training data of a run: scanned, put into buckets, and served epoch by epoch as groups of batches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from library.config.dataset_file import DatasetSpec
+from library.data import report
+from library.data.assemble import assemble, group_into_pools
+from library.data.batching import Pool, count_steps, epoch_plan, rank_rows
+from library.data.collate import BatchBuilder, Work
+from library.data.stores import LatentStore, TextStore
+from library.data.types import Batch, ImageRecord, PlacedImage, ScanReport, Skipped, StepGroup
+from library.diffusion.conditioning import Tokens
+from library.errors import UserError
+from library.log import get_logger
+
+log = get_logger(__name__)
+
+Tokenize = Callable[[list[str]], Tokens]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What batches depend on besides the data sets. `tokenize` runs in the main process only."""
+
+    seed: int
+    tokenize: Tokenize | None
+    world: int
+    rank: int
+    accumulation: int
+    num_workers: int
+    legacy_crop: bool
+
+
+def build_train_data(
+    specs: Sequence[DatasetSpec],
+    *,
+    seed: int,
+    tokenize: Tokenize | None = None,
+    world: int = 1,
+    rank: int = 0,
+    accumulation: int = 1,
+    num_workers: int = 0,
+    legacy_crop: bool = False,
+) -> TrainData:
+    """Scan the folders of `specs`, read image sizes and captions, and place every image in a bucket.
+
+    Images that cannot be used are left out and listed in `summary()`. Raises UserError when a folder is missing or
+    empty or when nothing is left to train on.
+    """
+    images, scan_report = assemble(specs)
+    settings = DataSettings(seed, tokenize, world, rank, accumulation, num_workers, legacy_crop)
+    return TrainData(specs, images, scan_report=scan_report, settings=settings)
+
+
+class TrainData:
+    """Serves the batches of one rank. All ranks build the same object and take different rows of it."""
+
+    def __init__(
+        self,
+        specs: Sequence[DatasetSpec],
+        images: list[PlacedImage],
+        *,
+        scan_report: ScanReport,
+        settings: DataSettings,
+    ) -> None:
+        self.specs = tuple(specs)
+        self.settings = settings
+        self.scan_report = scan_report
+        self.persistent_workers = False
+        """Keep data loader workers alive between epochs."""
+        self._latents: LatentStore | None = None
+        self._text: TextStore | None = None
+        self._reported: set[str] = set()
+        self._set_images(images)
+
+    def _set_images(self, images: list[PlacedImage]) -> None:
+        if not images:
+            raise UserError(
+                "no image is left to train on",
+                where=", ".join(subset.image_dir for spec in self.specs for subset in spec.subsets),
+                fix=report.skipped_text(self.scan_report.skipped),
+            )
+        self.images = images
+        self.pools: list[Pool] = group_into_pools(images, self.specs)
+        self._loader: DataLoader | None = None
+
+    @property
+    def records(self) -> list[ImageRecord]:
+        """Every image that is trained on, in scan order."""
+        return [image.record for image in self.images]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return count_steps(self.pools, world=self.settings.world, accumulation=self.settings.accumulation)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches per rank in one epoch."""
+        return count_steps(self.pools, world=self.settings.world, accumulation=1)
+
+    def drop(self, failures: Sequence[Skipped]) -> None:
+        """Leave images out for the rest of the run, by path. Every rank must drop the same ones."""
+        gone = {failure.path for failure in failures}
+        if gone:
+            self.scan_report.skipped.extend(failures)
+            self._set_images([image for image in self.images if image.record.path not in gone])
+
+    def attach_latents(self, store: LatentStore) -> None:
+        """Take images from `store` from now on; pixels are no longer read."""
+        missing = [record.path for record in self.records if record.key not in store]
+        assert not missing, f"{len(missing)} images have no latents, e.g. {missing[0]}"
+        self._latents = store
+        self._loader = None
+
+    def attach_text(self, store: TextStore) -> None:
+        """Take encoded captions from `store` from now on; captions are no longer tokenised."""
+        missing = [record.path for record in self.records if record.key not in store]
+        assert not missing, f"{len(missing)} captions are not encoded, e.g. {missing[0]}"
+        self._text = store
+        self._loader = None
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepGroup]:
+        """The optimizer steps of one epoch (counted from 0), from `start_step` on.
+
+        A pure function of (seed, epoch, data, global batch size): the same with any number of workers, and equal to
+        the tail of the whole epoch when it starts later.
+        """
+        settings = self.settings
+        plan = epoch_plan(
+            self.pools, world=settings.world, accumulation=settings.accumulation, seed=settings.seed, epoch=epoch
+        )[start_step:]
+        works = [
+            Work(epoch, rank_rows(micro, rank=settings.rank, world=settings.world)) for group in plan for micro in group
+        ]
+        batches = self._batches(works)
+        for group in plan:
+            micro_batches = [self._finish(next(batches)) for _ in group]
+            yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
+
+    def summary(self) -> report.DataSummary:
+        """Counts for the plan that is printed before training."""
+        return report.summarise(self.specs, self.images, scan_report=self.scan_report)
+
+    def ss_metadata(self, *, user_config: bool = True) -> dict[str, str]:
+        """The data set part of a network file's ss_* metadata; `user_config` says that --dataset_config was given."""
+        return report.ss_metadata(
+            self.specs,
+            self.images,
+            batches_per_epoch=self.batches_per_epoch,
+            total_batch_factor=self.settings.world * self.settings.accumulation,
+            user_config=user_config,
+        )
+
+    def _builder(self) -> BatchBuilder:
+        return BatchBuilder(
+            self.images,
+            seed=self.settings.seed,
+            legacy_crop=self.settings.legacy_crop,
+            latents=self._latents,
+            text=self._text,
+        )
+
+    def _batches(self, works: list[Work]) -> Iterator[Batch]:
+        """Batches in the order of `works`; workers are used only when there are files to read."""
+        from_memory = self._latents is not None and self._latents.in_memory
+        from_memory = from_memory and (self._text is None or self._text.in_memory)
+        if self.settings.num_workers == 0 or from_memory:
+            builder = self._builder()
+            return (builder[work] for work in works)
+        if self._loader is None or not self.persistent_workers:
+            self._loader = self._make_loader()
+        assert isinstance(self._loader.sampler, _WorkList)
+        self._loader.sampler.works = works
+        return iter(self._loader)
+
+    def _make_loader(self) -> DataLoader:
+        return DataLoader(
+            self._builder(),
+            batch_size=None,
+            sampler=_WorkList(),
+            num_workers=self.settings.num_workers,
+            persistent_workers=self.persistent_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_init_worker,
+            # The iterator draws a base seed for the workers' global generators, which nothing here uses; a private
+            # generator keeps that draw away from the training process's global one.
+            generator=torch.Generator(),
+        )
+
+    def _finish(self, batch: Batch) -> Batch:
+        for path, reason in batch.failures:
+            if path not in self._reported:
+                self._reported.add(path)
+                log.warning("skipped in training: %s: %s", path, reason)
+        if batch.text is None and self.settings.tokenize is not None:
+            return replace(batch, tokens=self.settings.tokenize(batch.captions))
+        return batch
+
+
+class _WorkList(Sampler[Work]):
+    """The work of the coming epoch; exchanged between epochs so that workers can stay alive."""
+
+    def __init__(self) -> None:
+        self.works: list[Work] = []
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter(self.works)
+
+    def __len__(self) -> int:
+        return len(self.works)
+
+
+def _init_worker(worker: int) -> None:
+    # Ctrl-C goes to the whole process group; the trainer finishes its step and then ends the workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)

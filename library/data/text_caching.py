@@ -1,0 +1,157 @@
+"""Encodes every distinct caption once and keeps the result, in memory or as sd-scripts' npz files beside the images.
+
+What is encoded is the caption with its prefix and suffix, the same on each visit. The encoding of the empty caption
+is always at hand, so that caption dropout works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from library.data.caching import (
+    CacheReport,
+    Target,
+    chunked,
+    exchange,
+    inspect_all,
+    make_targets,
+    stale_entries,
+    usable,
+)
+from library.data.captions import fixed_caption, has_tag_edits
+from library.data.progress import progress_bar
+from library.data.stores import TextStore
+from library.data.types import PlacedImage
+from library.diffusion.conditioning import TextCond
+from library.errors import UserError
+from library.io import fingerprint, text_cache
+from library.io.latent_cache import CacheCheck
+from library.io.text_cache import TextEntry
+
+TextEncoder = Callable[[list[str]], TextCond]
+"""Captions -> their encodings, one row each, on the CPU."""
+
+
+@dataclass(frozen=True)
+class TextCacheOptions:
+    """How to cache: `batch_size` captions per call; `width_1` is the first encoder's share of the text width.
+
+    The rest says what an entry depends on besides its caption; `skip_check` trusts old files.
+    """
+
+    text_encoder_id: str
+    width_1: int
+    max_token_length: int = 75
+    weighted: bool = False
+    to_disk: bool = False
+    batch_size: int = 8
+    skip_check: bool = False
+
+
+def build_text(
+    images: Sequence[PlacedImage],
+    encode: TextEncoder,
+    *,
+    options: TextCacheOptions,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[TextStore, CacheReport]:
+    """Make the encoded captions of `images` available to every rank and say what had to be done.
+
+    The report counts entries (one per image, as a rule), whatever the number of distinct captions. Raises UserError
+    when a subset shuffles or drops tags, which a single encoding cannot express.
+    """
+    _refuse_tag_edits(images)
+    targets = make_targets(
+        images, standard_path=lambda image: text_cache.text_cache_path(image.record.path), identity=cached_caption
+    )
+    if options.to_disk:
+        checks = inspect_all(
+            targets, lambda target: _inspect(target, options), rank=rank, world=world, title="checking cached captions"
+        )
+    else:
+        checks = [CacheCheck("missing")] * len(targets)
+    store = TextStore(empty=encode([""]).to("cpu", torch.float32))
+    report = CacheReport(stale=stale_entries(targets, checks))
+    for target, check in zip(targets, checks, strict=True):
+        if usable(check):
+            report.reused += 1
+            _put(store, target, target.path)
+    waiting: dict[str, list[Target]] = {}
+    for target, check in zip(targets, checks, strict=True):
+        if not usable(check):
+            waiting.setdefault(cached_caption(target.images[0]), []).append(target)
+    for rows in exchange(_build(waiting, encode, options=options, rank=rank, world=world)):
+        for caption, row in rows.items():
+            for target in waiting[caption]:
+                _put(store, target, target.path if row is None else row)
+    report.built = sum(map(len, waiting.values()))
+    return store, report
+
+
+def cached_caption(image: PlacedImage) -> str:
+    """The caption that is encoded for an image."""
+    return fixed_caption(image.record.caption, image.record.subset)
+
+
+def _put(store: TextStore, target: Target, entry) -> None:
+    for image in target.images:
+        store.put(image.record.key, entry)
+
+
+def _refuse_tag_edits(images: Sequence[PlacedImage]) -> None:
+    folders = sorted({image.record.subset.image_dir for image in images if has_tag_edits(image.record.subset)})
+    if folders:
+        raise UserError(
+            "shuffle_caption and caption_tag_dropout_rate do not go with cached captions: a caption is encoded once",
+            where=", ".join(folders),
+            fix="turn them off, or turn off cache_text_encoder_outputs (caption_dropout_rate works with the cache)",
+        )
+
+
+def _inspect(target: Target, options: TextCacheOptions) -> CacheCheck:
+    if options.skip_check:
+        return CacheCheck("valid" if target.path.exists() else "missing")
+    expected = _fingerprint(cached_caption(target.images[0]), options)
+    return text_cache.inspect(target.path, expected, num_tokens=options.max_token_length + 2)
+
+
+def _fingerprint(caption: str, options: TextCacheOptions) -> str:
+    return fingerprint.text_fingerprint(
+        caption=caption,
+        text_encoder_id=options.text_encoder_id,
+        max_token_length=options.max_token_length,
+        weighted=options.weighted,
+    )
+
+
+def _build(
+    waiting: dict[str, list[Target]], encode: TextEncoder, *, options: TextCacheOptions, rank: int, world: int
+) -> dict[str, TextCond | None]:
+    """Encode this rank's captions: the row of each, or None where it went into files."""
+    rows: dict[str, TextCond | None] = {}
+    mine = chunked(list(waiting), options.batch_size)[rank::world]
+    if not mine:
+        return rows
+    with progress_bar(sum(map(len, mine)), title="caching captions", unit="caption") as bar:
+        for captions in mine:
+            encoded = encode(list(captions)).to("cpu")
+            for number, caption in enumerate(captions):
+                row = encoded[number : number + 1]
+                if options.to_disk:
+                    _write(row, waiting[caption], caption, options=options)
+                    rows[caption] = None
+                else:
+                    rows[caption] = TextCond(row.hidden_BTD.float().clone(), row.pooled_BP.float().clone())
+            bar.update(len(captions))
+    return rows
+
+
+def _write(row: TextCond, targets: Sequence[Target], caption: str, *, options: TextCacheOptions) -> None:
+    hidden = row.hidden_BTD[0]
+    entry = TextEntry(hidden[:, : options.width_1], hidden[:, options.width_1 :], row.pooled_BP[0])
+    for target in targets:
+        text_cache.write(target.path, entry, _fingerprint(caption, options))

@@ -1,0 +1,104 @@
+"""From a decoded image to the pixels of a training sample, and the record of what was cut away."""
+
+from __future__ import annotations
+
+import random
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from library.data.buckets import Placement
+from library.data.types import ImageRecord
+from library.diffusion.conditioning import CropInfo
+from library.errors import UserError
+from library.io.images import read_image
+from library.sizes import Size
+
+_CV2_FILTERS = {
+    "nearest": cv2.INTER_NEAREST_EXACT,
+    "bilinear": cv2.INTER_LINEAR,
+    "linear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "cubic": cv2.INTER_CUBIC,
+    "area": cv2.INTER_AREA,
+}
+_PIL_FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+
+INTERPOLATIONS = (*_CV2_FILTERS, *_PIL_FILTERS)
+"""The names that `resize_interpolation` accepts."""
+
+
+def resize(image: np.ndarray, size: Size, *, interpolation: str | None = None) -> np.ndarray:
+    """Scale an (H, W, 3) uint8 image to `size`.
+
+    Without `interpolation`: OpenCV's area average when neither side grows, Pillow's Lanczos otherwise.
+    """
+    height, width = image.shape[:2]
+    if (width, height) == (size.w, size.h):
+        return image
+    if interpolation is None:
+        interpolation = "area" if size.w <= width and size.h <= height else "lanczos"
+    if interpolation in _PIL_FILTERS:
+        return np.asarray(Image.fromarray(image).resize((size.w, size.h), _PIL_FILTERS[interpolation]))
+    return cv2.resize(image, (size.w, size.h), interpolation=_CV2_FILTERS[interpolation])
+
+
+def crop_offset(resized: Size, bucket: Size, *, rng: random.Random | None = None) -> tuple[int, int]:
+    """(top, left) of the crop window in the resized image: centred, or drawn evenly from `rng`."""
+    trim_x, trim_y = resized.w - bucket.w, resized.h - bucket.h
+    if rng is None:
+        return trim_y // 2, trim_x // 2
+    return rng.randint(0, trim_y), rng.randint(0, trim_x)
+
+
+def crop_info(original: Size, placement: Placement, *, flipped: bool, rng: random.Random | None = None) -> CropInfo:
+    """What resizing and cropping by `placement` does to an image of size `original`; nothing is read or drawn but
+    the crop offset, so a cached sample gets the same record as a freshly decoded one."""
+    top, left = crop_offset(placement.resized, placement.bucket, rng=rng)
+    return CropInfo(
+        original=original, top=top, left=left, target=placement.bucket, resized=placement.resized, flipped=flipped
+    )
+
+
+def apply_crop(image: np.ndarray, crop: CropInfo, *, interpolation: str | None = None) -> np.ndarray:
+    """Resize, cut out and mirror an (H, W, 3) uint8 image as `crop` says; contiguous, uint8."""
+    resized = resize(image, crop.resized, interpolation=interpolation)
+    window = resized[crop.top : crop.top + crop.target.h, crop.left : crop.left + crop.target.w]
+    if crop.flipped:
+        window = window[:, ::-1]
+    assert window.shape[:2] == (crop.target.h, crop.target.w), (window.shape, crop)
+    return np.ascontiguousarray(window)
+
+
+def to_pixels(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(image).permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0)
+
+
+def read_record(record: ImageRecord) -> np.ndarray:
+    """The decoded image, uint8 (H, W, 3). Raises UserError when it is unreadable or no longer of the scanned size."""
+    image = read_image(record.path)
+    size = Size(image.shape[1], image.shape[0])
+    if size != record.size:
+        raise UserError(f"the image is now {size}; it was {record.size} when the run started", where=record.path)
+    return image
+
+
+def load_sample(
+    image: np.ndarray,
+    placement: Placement,
+    *,
+    flip: bool = False,
+    crop_rng: random.Random | None = None,
+    interpolation: str | None = None,
+) -> tuple[Tensor, CropInfo]:
+    """Pixels (3, H, W) in [-1, 1] of a decoded image and the record of its crop.
+
+    `crop_rng` draws the crop offset; None crops the centre.
+    """
+    original = Size(image.shape[1], image.shape[0])
+    crop = crop_info(original, placement, flipped=flip, rng=crop_rng)
+    return to_pixels(apply_crop(image, crop, interpolation=interpolation)), crop
