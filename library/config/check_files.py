@@ -1,0 +1,134 @@
+"""Files that an option names have to be there before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORKS_LATER, ROOT
+from library.config.known_flags import nearest
+from library.config.run_config import RunConfig
+from library.errors import Problem
+from library.plugins import list_plugins
+
+
+def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]:
+    """The problems with names of files, folders and modules; `wrong` names options that are reported already."""
+    names = ("ckpt", "vae") if cfg.run == "sdxl_gen_img" else ("pretrained_model_name_or_path", "vae")
+    problems = [problem for name in names if name not in wrong for problem in _check_model(cfg, name)]
+    if cfg.run == "sdxl_gen_img":
+        problems += _check_existing(cfg, "from_file", kind="file")
+        for name in ("network_module", "network_weights"):
+            problems += [] if name in wrong else _check_many(cfg, name)
+    elif cfg.run == "sdxl_train_network":
+        problems += _check_existing(cfg, "network_weights", kind="file")
+        problems += _check_existing(cfg, "resume", kind="folder")
+        problems += _check_prompts(cfg)
+        problems += _check_output(cfg)
+        if "network_module" not in wrong:
+            problems += _check_network_module(cfg)
+    return problems
+
+
+def _check_model(cfg: RunConfig, name: str) -> Iterator[Problem]:
+    """A name that can only be a local path has to exist; owner/name may be a hub id and is left to the loader."""
+    value = cfg.get(name)
+    if not value or value == EMBEDDED_MODEL or Path(value).exists() or _may_be_hub_id(value):
+        return
+    fix = _similar_file(Path(value)) or f"name an existing file or folder, a hub id (owner/name), or {EMBEDDED_MODEL}"
+    yield Problem(f"{name} {value} does not exist", cfg.provenance[name], fix)
+
+
+def _may_be_hub_id(value: str) -> bool:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value):
+        return False
+    return not value.endswith(CHECKPOINT_SUFFIXES) and not Path(value).parent.exists()
+
+
+def _similar_file(path: Path) -> str:
+    """A suggestion for a misspelt path: the first folder of it that is missing, or the nearest name beside it."""
+    try:
+        for parent in reversed(path.parents):
+            if not parent.exists():
+                return f"there is no folder {parent}"
+        near = nearest(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return ""
+    return f"did you mean {path.with_name(near)}?" if near else ""
+
+
+def missing_path(value: str, *, name: str, kind: str, where: str) -> Problem | None:
+    """The problem with a path that is not an existing file or folder, as `kind` says."""
+    path = Path(value)
+    if path.is_dir() if kind == "folder" else path.is_file():
+        return None
+    if path.exists():
+        return Problem(f"{name} {value} is not a {kind}", where, f"name a {kind}")
+    return Problem(f"{name} {value} does not exist", where, _similar_file(path) or f"name an existing {kind}")
+
+
+def _check_existing(cfg: RunConfig, name: str, *, kind: str) -> list[Problem]:
+    value = cfg.get(name)
+    problem = missing_path(value, name=name, kind=kind, where=cfg.provenance[name]) if value else None
+    return [problem] if problem else []
+
+
+def _check_prompts(cfg: RunConfig) -> list[Problem]:
+    value = cfg.preview.sample_prompts
+    if value and Path(value).suffix.lower() not in (".txt", ".toml", ".json"):
+        where = cfg.provenance["sample_prompts"]
+        return [Problem(f"sample_prompts {value} is of no known kind", where, "name a .txt, .toml or .json file")]
+    return _check_existing(cfg, "sample_prompts", kind="file")
+
+
+def _check_output(cfg: RunConfig) -> list[Problem]:
+    """output_dir may be missing, since it is made; a file in its place cannot be."""
+    value = cfg.save.output_dir
+    if value and Path(value).exists() and not Path(value).is_dir():
+        return [Problem(f"output_dir {value} is a file", cfg.provenance["output_dir"], "name a folder")]
+    return []
+
+
+def _check_network_module(cfg: RunConfig) -> list[Problem]:
+    value = cfg.network.network_module
+    if not value:
+        return [Problem("network_module is missing", fix="set network_module = networks.lora")]
+    problem = network_problem(value, where=cfg.provenance["network_module"])
+    return [problem] if problem else []
+
+
+def _check_many(cfg: RunConfig, name: str) -> Iterator[Problem]:
+    where = cfg.provenance[name]
+    for value in cfg.get(name):
+        if name == "network_module":
+            problem = network_problem(value, where=where)
+        else:
+            problem = missing_path(value, name=name, kind="file", where=where)
+        if problem:
+            yield problem
+
+
+def network_problem(value: str, *, where: str) -> Problem | None:
+    """The problem with a network module that cannot be there; nothing is imported to find out."""
+    own = list_plugins(ROOT / "networks")
+    package, _, name = value.rpartition(".")
+    if package in ("", "networks"):
+        if name in own:
+            return None
+        available = f"available: {', '.join(f'networks.{plugin}' for plugin in own)}"
+        if name in NETWORKS_LATER:
+            return Problem(f"network_module {value} is not supported yet", where, available)
+        near = nearest(name, own)
+        hint = f"did you mean networks.{near}? " if near else ""
+        return Problem(f"network_module {value} does not exist", where, hint + available)
+    top = value.split(".")[0]
+    try:
+        found = find_spec(top)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        fix = f"install the package {top}, or check the spelling; own modules are looked up on PYTHONPATH"
+        return Problem(f"network_module {value} cannot be found", where, fix)
+    return None

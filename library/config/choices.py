@@ -1,0 +1,37 @@
+"""Names that options accept, and names that sd-scripts knows and this suite does not have yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.plugins import list_plugins
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
+
+OPTIMIZERS = ("AdamW", "AdamW8bit", "Adafactor")
+OPTIMIZERS_LATER = (
+    "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion", "Lion8bit", "PagedLion8bit", "SGDNesterov",
+    "SGDNesterov8bit", "DAdaptation", "DAdaptAdamPreprint", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan",
+    "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD", "Prodigy", "RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree",
+)  # fmt: skip
+# sd-scripts looks any other bare name up in torch.optim; these are the ones there that a training loop can step.
+TORCH_OPTIMIZERS = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+
+LR_SCHEDULERS = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "piecewise_constant",
+)  # fmt: skip
+LR_SCHEDULERS_LATER = ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "adafactor")
+
+LOSSES = tuple(list_plugins(ROOT / "library" / "diffusion" / "losses"))
+LOSSES_LATER = tuple(name for name in ("l1", "l2", "huber", "smooth_l1") if name not in LOSSES)
+
+NETWORKS_LATER = ("dylora", "lora_fa", "oft", "control_net_lllite", "dora")
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+EMBEDDED_MODEL = "tiny"

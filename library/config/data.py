@@ -1,0 +1,89 @@
+"""Options about images, captions, buckets and caches."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import field_validator
+
+from library.config.fields import LATENTS, SHARED, TEXTS, TRAINER, Group, SizeValue, option
+
+IMAGES = TRAINER | LATENTS
+CAPTIONS = TRAINER | TEXTS
+
+
+class DataOptions(Group):
+    """Where the data is and what happens to it; most of these can also stand in the dataset file."""
+
+    title: ClassVar[str] = "data"
+    acts: ClassVar[frozenset[str]] = SHARED
+
+    dataset_config: str | None = option(None, "dataset file (.toml or .json)", path=True)
+    train_data_dir: str | None = option(
+        None, "folder of folders named like 10_cat: 10 repeats, class words `cat`", path=True
+    )
+    resolution: SizeValue | None = option(None, "training resolution: one number, or width,height")
+    enable_bucket: bool = option(False, "sort images into buckets by aspect ratio instead of cropping to one shape")
+    min_bucket_reso: int = option(256, "smallest bucket side in pixels", ge=1)
+    max_bucket_reso: int = option(1024, "largest bucket side in pixels", ge=1)
+    bucket_reso_steps: int = option(64, "bucket sides are multiples of this; itself a multiple of 32", ge=1)
+    bucket_no_upscale: bool = option(False, "make buckets from the image sizes and never enlarge an image")
+    caption_extension: str = option(
+        ".caption", "extension of caption files (the dot may be left out)", aliases=["caption_extention"]
+    )
+    caption_separator: str = option(",", "text that separates the parts of a caption", acts=CAPTIONS)
+    shuffle_caption: bool = option(False, "put the parts of a caption in a new order each time", acts=CAPTIONS)
+    keep_tokens: int = option(0, "number of leading parts that stay in place", ge=0, acts=CAPTIONS)
+    keep_tokens_separator: str = option(
+        "", "marks the fixed part of a caption: everything before its first occurrence stays", acts=CAPTIONS
+    )
+    caption_prefix: str | None = option(None, "text put before every caption", acts=CAPTIONS)
+    caption_suffix: str | None = option(None, "text put after every caption", acts=CAPTIONS)
+    caption_dropout_rate: float = option(0.0, "share of captions that are left empty", ge=0, le=1, acts=TRAINER)
+    caption_dropout_every_n_epochs: int = option(0, "leave all captions empty in every Nth epoch", ge=0, acts=TRAINER)
+    caption_tag_dropout_rate: float = option(
+        0.0, "share of the movable caption parts that are left out", ge=0, le=1, acts=CAPTIONS
+    )
+    flip_aug: bool = option(False, "mirror half of the images", acts=IMAGES)
+    random_crop: bool = option(False, "crop at a random place instead of the centre", acts=IMAGES)
+    resize_interpolation: str | None = option(
+        None,
+        "resampling for every resize (unset: area when shrinking, Lanczos otherwise)",
+        choices=["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"],
+        acts=IMAGES,
+    )
+    dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
+    train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
+    cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)
+    cache_latents_to_disk: bool = option(False, "keep the latents in npz files next to the images", acts=IMAGES)
+    cache_text_encoder_outputs: bool = option(
+        False, "encode all captions once before training; the text encoders are then not trained", acts=CAPTIONS
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, "keep the encoded captions in npz files next to the images", acts=CAPTIONS
+    )
+    text_encoder_batch_size: int = option(8, "captions that are encoded at once for a cache", ge=1, acts=CAPTIONS)
+    skip_cache_check: bool = option(False, "trust existing cache files without opening them")
+    legacy_crop_conditioning: bool = option(
+        False, "use sd-scripts' crop numbers (margins of a contain fit) instead of the real crop", acts=IMAGES
+    )
+    max_data_loader_n_workers: int = option(
+        8, "processes that load images (never more than there are CPU cores; 0: none)", ge=0
+    )
+    persistent_data_loader_workers: bool = option(
+        False, "keep the loading processes alive between epochs", acts=TRAINER
+    )
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _with_dot(cls, value: str) -> str:
+        if not value.strip("."):
+            raise ValueError("must name an extension such as .txt")
+        return value if value.startswith(".") else f".{value}"
+
+    @field_validator("caption_separator")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must not be empty")
+        return value

@@ -1,0 +1,77 @@
+"""Rules of a whole dataset: buckets that fit its resolution, caches that fit its augmentations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from library.config.dataset_spec import DatasetSpec
+from library.config.run_config import RunConfig
+from library.errors import Problem
+
+# The latents of SDXL are halved twice inside the U-Net: 8 * 4 pixels.
+BUCKET_STEP_UNIT = 32
+
+
+def align_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[str]]:
+    """Round the smallest bucket side down and the largest up to multiples of the steps, and say so."""
+    if not spec.enable_bucket:
+        return spec, []
+    step = spec.bucket_reso_steps
+    low = spec.min_bucket_reso // step * step
+    high = -(-spec.max_bucket_reso // step) * step
+    notices = [
+        f"{name} is {new} instead of {old}, a multiple of bucket_reso_steps {step} ({where})"
+        for name, old, new in (
+            ("min_bucket_reso", spec.min_bucket_reso, low),
+            ("max_bucket_reso", spec.max_bucket_reso, high),
+        )
+        if old != new
+    ]
+    return dataclasses.replace(spec, min_bucket_reso=low, max_bucket_reso=high), notices
+
+
+def check_dataset(cfg: RunConfig, spec: DatasetSpec, *, where: str) -> list[Problem]:
+    """The problems of a dataset as a whole."""
+    return [*_buckets(spec, where), *_latent_cache(cfg, spec), *_text_cache(cfg, spec)]
+
+
+def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:
+    if not spec.enable_bucket:
+        return []
+    problems = []
+    if spec.bucket_reso_steps % BUCKET_STEP_UNIT:
+        what = f"bucket_reso_steps {spec.bucket_reso_steps} is not a multiple of {BUCKET_STEP_UNIT}"
+        problems.append(Problem(what, where, "SDXL needs picture sides that are multiples of 32; 64 is usual"))
+    low, high = min(spec.resolution), max(spec.resolution)
+    if low < spec.min_bucket_reso:
+        what = f"resolution {spec.resolution} has a side below min_bucket_reso {spec.min_bucket_reso}"
+        problems.append(Problem(what, where, f"set min_bucket_reso to {low} or less"))
+    if high > spec.max_bucket_reso:
+        what = f"resolution {spec.resolution} has a side above max_bucket_reso {spec.max_bucket_reso}"
+        problems.append(Problem(what, where, f"set max_bucket_reso to {high} or more"))
+    return problems
+
+
+def _latent_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
+    cropped = [subset.image_dir for subset in spec.subsets if subset.random_crop]
+    if not cfg.data.cache_latents or not cropped:
+        return []
+    what = f"cache_latents keeps one crop of each image, so random_crop cannot act in {', '.join(cropped)}"
+    where = f"cache_latents: {cfg.provenance['cache_latents']}"
+    return [Problem(what, where, "leave out cache_latents or random_crop")]
+
+
+def _text_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
+    """Caption dropout is fine, the empty caption is cached too; new orders and missing tags need new encodings."""
+    if not cfg.data.cache_text_encoder_outputs:
+        return []
+    problems = []
+    for name in ("shuffle_caption", "caption_tag_dropout_rate"):
+        folders = [subset.image_dir for subset in spec.subsets if getattr(subset, name)]
+        if folders:
+            what = (
+                f"cache_text_encoder_outputs keeps one caption per image, so {name} cannot act in {', '.join(folders)}"
+            )
+            where = f"cache_text_encoder_outputs: {cfg.provenance['cache_text_encoder_outputs']}"
+            problems.append(Problem(what, where, f"leave out cache_text_encoder_outputs or {name}"))
+    return problems

@@ -1,0 +1,47 @@
+"""What a dataset is, once every value has been looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.sizes import Size
+
+
+@dataclass(frozen=True)
+class SubsetSpec:
+    """One folder of images and how its images and captions are treated."""
+
+    image_dir: str
+    num_repeats: int = 1
+    class_tokens: str | None = None
+    is_reg: bool = False
+    caption_extension: str = ".caption"
+    caption_separator: str = ","
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    flip_aug: bool = False
+    random_crop: bool = False
+    resize_interpolation: str | None = None
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Subsets that share batch size, resolution and buckets. Bucket limits are multiples of the steps already."""
+
+    batch_size: int
+    resolution: Size
+    enable_bucket: bool
+    min_bucket_reso: int
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    bucket_no_upscale: bool
+    subsets: tuple[SubsetSpec, ...]

@@ -1,0 +1,85 @@
+"""Options of picture generation."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import field_validator
+
+from library.config.choices import SAMPLERS
+from library.config.console import ConsoleOptions
+from library.config.fields import GENERATOR, option
+from library.config.key_values import split_pairs
+
+
+class GenerateOptions(ConsoleOptions):
+    """What is drawn, with which model, how."""
+
+    title: ClassVar[str] = "generation"
+    acts: ClassVar[frozenset[str]] = GENERATOR
+
+    ckpt: str | None = option(
+        None,
+        "model: a single-file checkpoint (a pattern that fits one file will do), a diffusers folder, a hub id, or `tiny`",
+        path=True,
+    )
+    vae: str | None = option(None, "VAE to use instead of the checkpoint's own: file or diffusers folder", path=True)
+    v_parameterization: bool = option(False, "the model predicts v, not noise")
+    prompt: str | None = option(None, "prompt; options such as --w 1024 --n blurry may follow inside the text")
+    from_file: str | None = option(None, "prompt file, one prompt per line, # starts a comment", path=True)
+    outdir: str = option("outputs", "folder for the pictures", path=True)
+    W: int | None = option(None, "width in pixels (unset: 1024, or the size that the model was made for)", ge=8)
+    H: int | None = option(None, "height in pixels (unset: 1024, or the size that the model was made for)", ge=8)
+    steps: int = option(50, "sampling steps", ge=1, le=1000)
+    scale: float = option(7.5, "strength of guidance by the prompt; 1 and below: none")
+    seed: int | None = option(
+        None, "seed; with several pictures it seeds the list of their seeds (unset: random)", ge=0, lt=2**63
+    )
+    sampler: str = option("ddim", "sampler", choices=SAMPLERS)
+    n_iter: int = option(1, "how often the whole list of prompts is gone through", ge=1)
+    images_per_prompt: int = option(1, "pictures per prompt", ge=1)
+    batch_size: int = option(1, "pictures that are drawn at once", ge=1)
+    vae_batch_size: int | float | None = option(
+        None, "pictures that the VAE decodes at once; below 1 a share of batch_size (unset: batch_size)"
+    )
+    sequential_file_name: bool = option(False, "name pictures im_000001.png and so on")
+    fp16: bool = option(False, "compute in fp16")
+    bf16: bool = option(False, "compute in bf16")
+    no_half_vae: bool = option(False, "run the VAE in float32")
+    max_embeddings_multiples: int | None = option(
+        None, "longest prompt in chunks of 75 tokens (unset: 1)", ge=1, zero_is_unset=True
+    )
+    network_module: tuple[str, ...] = option((), "kinds of the networks, one per weights file, such as networks.lora")
+    network_weights: tuple[str, ...] = option((), "network files", path=True)
+    network_mul: tuple[float, ...] = option((), "strengths of the networks (unset: 1.0 each)")
+    network_args: tuple[str, ...] = option((), "arguments, one text per network: key=value;key=value")
+    network_merge: bool = option(False, "merge the networks into the model instead of applying them")
+    sdpa: bool = option(False, "PyTorch's scaled-dot-product attention, which is also the default")
+    xformers: bool = option(False, "attention of the xformers library; needs CUDA")
+
+    @field_validator("vae_batch_size")
+    @classmethod
+    def _above_zero(cls, value: int | float | None) -> int | float | None:
+        if value is not None and value <= 0:
+            raise ValueError("must be greater than 0")
+        return value
+
+    @field_validator("W", "H")
+    @classmethod
+    def _whole_latent_cells(cls, value: int | None) -> int | None:
+        if value is not None and value % 8:
+            raise ValueError(f"must be a multiple of 8, such as {value // 8 * 8}")
+        return value
+
+    @field_validator("network_args")
+    @classmethod
+    def _readable_pairs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            split_pairs(part for part in text.split(";") if part.strip())
+        return value
+
+    def network_kwargs(self, index: int) -> dict[str, str]:
+        """The arguments of network number `index`; {} when none were given."""
+        if index >= len(self.network_args):
+            return {}
+        return split_pairs(part for part in self.network_args[index].split(";") if part.strip())

@@ -1,0 +1,104 @@
+"""Settings that follow from other settings, each with the sentence that tells the user so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from glob import glob
+from typing import Any, NamedTuple
+
+from library.config.run_config import RunConfig
+
+
+class Implied(NamedTuple):
+    """A setting to change: where the new value comes from, and what to tell the user ("" for nothing)."""
+
+    name: str
+    value: Any
+    because: str
+    notice: str = ""
+
+
+def apply_implied(cfg: RunConfig) -> RunConfig:
+    """The configuration with everything that follows from it; the rules run in order, each sees the ones before."""
+    for rule in _RULES:
+        for implied in rule(cfg):
+            cfg = _with(cfg, implied)
+    return cfg
+
+
+def _with(cfg: RunConfig, implied: Implied) -> RunConfig:
+    groups = dict(cfg.groups)
+    key = next(key for key, group in groups.items() if implied.name in type(group).options())
+    groups[key] = groups[key].model_copy(update={implied.name: implied.value})
+    provenance = {**cfg.provenance, implied.name: implied.because}
+    notices = [*cfg.notices, implied.notice] if implied.notice else list(cfg.notices)
+    return RunConfig(cfg.run, groups=groups, provenance=provenance, notices=notices)
+
+
+def _cache_tools(cfg: RunConfig) -> Iterator[Implied]:
+    names = {
+        "cache_latents": ("cache_latents", "cache_latents_to_disk"),
+        "cache_text_encoder_outputs": ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+    }
+    for name in names.get(cfg.run, ()):
+        if not cfg.get(name):
+            yield Implied(name, True, "what this tool does")
+
+
+def _disk_caches(cfg: RunConfig) -> Iterator[Implied]:
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if "data" in cfg.groups and cfg.get(f"{name}_to_disk") and not cfg.get(name):
+            because = f"implied by {name}_to_disk"
+            yield Implied(name, True, because, f"{name} is on, as {name}_to_disk asks for it")
+
+
+def _eight_bit_adam(cfg: RunConfig) -> Iterator[Implied]:
+    if "optim" in cfg.groups and cfg.optim.use_8bit_adam and not cfg.is_given("optimizer_type"):
+        yield Implied("optimizer_type", "AdamW8bit", "implied by use_8bit_adam")
+
+
+def _attention(cfg: RunConfig) -> Iterator[Implied]:
+    if "model" in cfg.groups and cfg.model.mem_eff_attn and not cfg.model.sdpa:
+        yield Implied("sdpa", True, "implied by mem_eff_attn", "mem_eff_attn: sdpa is used, which has taken its place")
+
+
+def _workers(cfg: RunConfig) -> Iterator[Implied]:
+    if "data" not in cfg.groups:
+        return
+    cores = os.cpu_count() or 1
+    wanted = cfg.data.max_data_loader_n_workers
+    if wanted > cores:
+        told = f"max_data_loader_n_workers is {cores}, the number of CPU cores, instead of {wanted}"
+        notice = told if cfg.is_given("max_data_loader_n_workers") else ""
+        yield Implied("max_data_loader_n_workers", cores, "the number of CPU cores", notice)
+
+
+def _epoch_sampling(cfg: RunConfig) -> Iterator[Implied]:
+    if "preview" in cfg.groups and cfg.preview.sample_every_n_epochs and cfg.preview.sample_every_n_steps:
+        yield Implied(
+            "sample_every_n_steps",
+            None,
+            "sample_every_n_epochs takes its place",
+            "sample_every_n_steps is ignored: sample_every_n_epochs takes its place",
+        )
+
+
+def _checkpoint_pattern(cfg: RunConfig) -> Iterator[Implied]:
+    """sdxl_gen_img takes a pattern such as models/epoch-*.safetensors when exactly one file fits."""
+    if "generate" not in cfg.groups or not cfg.generate.ckpt or os.path.exists(cfg.generate.ckpt):
+        return
+    found = glob(cfg.generate.ckpt) if any(sign in cfg.generate.ckpt for sign in "*?[") else []
+    if len(found) == 1:
+        yield Implied("ckpt", found[0], cfg.provenance["ckpt"], f"ckpt is {found[0]}")
+
+
+_RULES: tuple[Callable[[RunConfig], Iterator[Implied]], ...] = (
+    _cache_tools,
+    _disk_caches,
+    _eight_bit_adam,
+    _attention,
+    _workers,
+    _epoch_sampling,
+    _checkpoint_pattern,
+)

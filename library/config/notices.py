@@ -1,0 +1,94 @@
+"""Sentences about settings that are legal but do less than they seem to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from library.config.run_config import RunConfig
+
+
+def notices(cfg: RunConfig) -> list[str]:
+    """What to tell the user about this run before it starts."""
+    if "loop" not in cfg.groups:
+        return list(_generation(cfg))
+    found = list(_data(cfg))
+    if cfg.run == "sdxl_train_network":
+        found += [sentence for part in _TRAINING for sentence in part(cfg)]
+    return found
+
+
+def _data(cfg: RunConfig) -> Iterator[str]:
+    if cfg.data.dataset_config and cfg.data.train_data_dir:
+        yield "train_data_dir is ignored: the data is named by dataset_config"
+
+
+def _model(cfg: RunConfig) -> Iterator[str]:
+    if cfg.model.clip_skip is not None:
+        yield "clip_skip is only recorded: SDXL always uses the penultimate layer of its text encoders"
+    if cfg.model.sdpa and cfg.model.xformers:
+        yield "sdpa and xformers are both set: xformers is used"
+
+
+def _length(cfg: RunConfig) -> Iterator[str]:
+    if cfg.loop.max_train_epochs and cfg.is_given("max_train_steps"):
+        yield "max_train_steps is ignored: max_train_epochs takes its place"
+    if cfg.data.persistent_data_loader_workers and cfg.data.max_data_loader_n_workers == 0:
+        yield "persistent_data_loader_workers has no effect: max_data_loader_n_workers is 0"
+
+
+def _learning_rate(cfg: RunConfig) -> Iterator[str]:
+    acting = {"lr_scheduler_num_cycles": "cosine_with_restarts", "lr_scheduler_power": "polynomial"}
+    for name, scheduler in acting.items():
+        if cfg.get(name) != 1 and cfg.optim.lr_scheduler != scheduler:
+            yield f"{name} has no effect: it acts with lr_scheduler {scheduler}, not {cfg.optim.lr_scheduler}"
+
+
+def _network(cfg: RunConfig) -> Iterator[str]:
+    network = cfg.network
+    if network.dim_from_weights and cfg.is_given("network_dim"):
+        yield "network_dim is ignored: dim_from_weights takes the ranks from network_weights"
+    if network.network_train_unet_only and network.text_encoder_lr:
+        yield "text_encoder_lr has no effect: network_train_unet_only leaves the text encoders as they are"
+    if network.network_train_text_encoder_only and network.unet_lr is not None:
+        yield "unet_lr has no effect: network_train_text_encoder_only leaves the U-Net as it is"
+
+
+def _saving(cfg: RunConfig) -> Iterator[str]:
+    save = cfg.save
+    if save.save_n_epoch_ratio and save.save_every_n_epochs:
+        yield "save_every_n_epochs is ignored: save_n_epoch_ratio takes its place"
+    saves_epochs = bool(save.save_every_n_epochs or save.save_n_epoch_ratio)
+    for name in ("save_last_n_epochs", "save_last_n_epochs_state"):
+        if cfg.get(name) and not saves_epochs:
+            yield f"{name} has no effect: save_every_n_epochs is not set"
+    for name in ("save_last_n_steps", "save_last_n_steps_state"):
+        if cfg.get(name) and not save.save_every_n_steps:
+            yield f"{name} has no effect: save_every_n_steps is not set"
+    thumbnail = save.metadata_thumbnail
+    if thumbnail and not thumbnail.startswith("data:") and not Path(thumbnail).is_file():
+        yield f"metadata_thumbnail is left out: there is no file {thumbnail}"
+
+
+def _samples(cfg: RunConfig) -> Iterator[str]:
+    preview = cfg.preview
+    asked = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
+    if preview.sample_prompts and not asked:
+        yield "sample_prompts has no effect: set sample_every_n_steps, sample_every_n_epochs or sample_at_first"
+
+
+def _generation(cfg: RunConfig) -> Iterator[str]:
+    if cfg.generate.prompt and cfg.generate.from_file:
+        yield "prompt is ignored: the prompts come from from_file"
+    if cfg.generate.sdpa and cfg.generate.xformers:
+        yield "sdpa and xformers are both set: xformers is used"
+
+
+_TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _model,
+    _length,
+    _learning_rate,
+    _network,
+    _saving,
+    _samples,
+)

@@ -1,0 +1,84 @@
+"""Which option groups each entry point has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.config.data import DataOptions
+from library.config.diffusion import DiffusionOptions
+from library.config.fields import Group, Option
+from library.config.generate import GenerateOptions
+from library.config.loop import LoopOptions
+from library.config.model import ModelOptions
+from library.config.network import NetworkOptions
+from library.config.optim import OptimOptions
+from library.config.preview import PreviewOptions
+from library.config.save import SaveOptions
+
+
+@dataclass(frozen=True)
+class Run:
+    """An entry point: its script, what it does, its option groups, and its letters in sd_scripts_flags.json."""
+
+    name: str
+    script: str
+    purpose: str
+    groups: dict[str, type[Group]]
+    letters: frozenset[str]
+
+    @property
+    def is_training(self) -> bool:
+        """Whether this run trains; the cache tools only share the trainer's options."""
+        return "loop" in self.groups and self.name not in CACHE_TOOLS
+
+    def options(self) -> dict[str, Option]:
+        """All options by name, in the order of the groups."""
+        return {name: option for group in self.groups.values() for name, option in group.options().items()}
+
+    def group_of(self, name: str) -> str:
+        """The group that holds option `name`."""
+        return next(key for key, group in self.groups.items() if name in group.options())
+
+
+CACHE_TOOLS = frozenset({"cache_latents", "cache_text_encoder_outputs"})
+
+_TRAINING: dict[str, type[Group]] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "diffusion": DiffusionOptions,
+    "optim": OptimOptions,
+    "network": NetworkOptions,
+    "loop": LoopOptions,
+    "save": SaveOptions,
+    "preview": PreviewOptions,
+}
+
+# The cache tools accept the trainer's options because users give them the trainer's TOML file; the `acts` of each
+# option says which of them have an effect there.
+RUNS: dict[str, Run] = {
+    run.name: run
+    for run in (
+        Run("sdxl_train_network", "sdxl_train_network.py", "Train a LoRA.", _TRAINING, frozenset("N")),
+        Run(
+            "cache_latents",
+            "tools/cache_latents.py",
+            "Encode all images of a dataset once and keep the latents on disk.",
+            _TRAINING,
+            frozenset({"cl", "N"}),
+        ),
+        Run(
+            "cache_text_encoder_outputs",
+            "tools/cache_text_encoder_outputs.py",
+            "Encode all captions of a dataset once and keep the result on disk.",
+            _TRAINING,
+            frozenset({"ct", "N"}),
+        ),
+        Run(
+            "sdxl_gen_img",
+            "sdxl_gen_img.py",
+            "Draw pictures from prompts.",
+            {"generate": GenerateOptions},
+            frozenset("Gg"),
+        ),
+    )
+}
