@@ -35,12 +35,11 @@ def parse(run: str, argv: Sequence[str] | None = None) -> RunConfig:
     if line.config_file:
         try:
             file = read_toml(config_path(line.config_file), what="config_file")
-        except UserError as error:
-            problems += error.problems
-        else:
-            given, found, told = _from_file(entry, file)
-            problems += found
-            messages += told
+        except UserError as error:  # without the file, whatever else is missing says nothing
+            raise UserError.from_problems([*problems, *error.problems]) from error
+        given, found, told = _from_file(entry, file)
+        problems += found
+        messages += told
     given |= {name: Given(value, COMMAND_LINE) for name, value in line.values.items()}
     messages += [
         f"{name} has no effect in {entry.script}" for name in line.values if run not in entry.options()[name].acts

@@ -69,7 +69,7 @@ def option(
     zero_is_unset: bool = False,
     aliases: Iterable[str] = (),
     acts: frozenset[str] | None = None,
-    **limits: float,
+    **limits: Any,
 ) -> Any:
     """A pydantic field with everything that the command line and the documents need; `limits` are ge, gt, le, lt."""
     extra: dict[str, Any] = {
@@ -80,7 +80,7 @@ def option(
         "aliases": tuple(aliases),
         "acts": acts,
     }
-    return Field(default=default, description=help, json_schema_extra=extra, **limits)  # type: ignore[arg-type]
+    return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 
 class Group(BaseModel):

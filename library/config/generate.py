@@ -20,7 +20,7 @@ class GenerateOptions(ConsoleOptions):
 
     ckpt: str | None = option(
         None,
-        "model: a single-file checkpoint (a pattern that fits one file will do), a diffusers folder, a hub id, or `tiny`",
+        "model: a checkpoint file (or a pattern that fits just one), a diffusers folder, a hub id, or `tiny`",
         path=True,
     )
     vae: str | None = option(None, "VAE to use instead of the checkpoint's own: file or diffusers folder", path=True)

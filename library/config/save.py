@@ -51,9 +51,7 @@ class SaveOptions(Group):
     @classmethod
     def _no_pickle(cls, value: object) -> object:
         if value in ("ckpt", "pt"):
-            raise ValueError(
-                "would be a pickle file, which can run code when it is opened; only safetensors is written"
-            )
+            raise ValueError("would be a pickle file, which can run code when opened; only safetensors is written")
         return value
 
     @field_validator("output_name")

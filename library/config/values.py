@@ -100,15 +100,7 @@ def _looks_like(kind: str, text: str) -> bool:
 
 def shown(value: Any) -> str:
     """A value as the user would write it, shortened."""
-    text = (
-        toml_value(value)
-        if isinstance(value, (bool, int, float, str, list, tuple, Size)) and _plain(value)
-        else repr(value)
-    )
+    items = value if isinstance(value, (list, tuple)) and not isinstance(value, Size) else [value]
+    writable = all(isinstance(item, (bool, int, float, str, Size)) for item in items)
+    text = toml_value(value) if writable else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(item, (bool, int, float, str)) for item in value)
-    return True
