@@ -11,7 +11,7 @@ from tests.arch import tree
 # What each part may take from other people's packages. A new line here is a decision about the design.
 TENSORS = {"torch", "numpy"}
 THIRD_PARTY = {
-    "library.config": {"pydantic", "toml"},
+    "library.config": {"pydantic", "pydantic_core", "toml"},
     "library.errors": set(),
     "library.log": {"tqdm"},
     "library.seeds": set(),

@@ -15,7 +15,9 @@ PARAMETERS = 8
 # name -> why it may be longer. An entry that is no longer needed fails a test, so the list only shrinks.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
-MANY_PARAMETERS: dict[str, str] = {}
+MANY_PARAMETERS: dict[str, str] = {
+    "library/config/fields.py::option": "each parameter is one property of an option, named where the option stands",
+}
 LONG_ENTRY_POINTS: dict[str, str] = {
     "tools/demo_pictures.py": "draws for the demo alone; the library has no use for it",
     "tools/quickstart.py": "runs before anything is installed, so it can import nothing of the library",

@@ -1,0 +1,1 @@
+"""Tests; `from tests.<folder> import ...` reaches their helpers."""
