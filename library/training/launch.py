@@ -35,11 +35,11 @@ from library.training.draws import Draws
 from library.training.hooks import LogHook, NonFiniteHook, SaveHook, StopHook, View
 from library.training.lr import build_scheduler
 from library.training.metrics import Meters, RunLog
-from library.training.optim import GuardedUpdate, build_optimizer, parse_arguments
+from library.training.optim import GuardedUpdate, build_optimizer
 from library.training.plan import Schedule, end_text, plan_text, schedule
 from library.training.precision import save_dtype, weight_dtype
 from library.training.preview import PreviewHook
-from library.training.state import Progress, RunFacts, TrainingState
+from library.training.state import Progress, RunFacts, TrainingState, data_identity, read_description
 from library.training.step import TrainStep
 from library.training.trainable import Trainable
 from library.training.trainer import Trainer
@@ -73,7 +73,7 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
 
     Raises UserError for everything a user can mend, as early as it can be known.
     """
-    setup_logging(level=cfg.loop.console_log_level or "INFO", file=cfg.loop.console_log_file)
+    setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
     for notice in cfg.notices:
         log.info(notice)
     accelerator = _accelerator(cfg, trainable)
@@ -146,10 +146,9 @@ def _agreed_seed(seed: int | None, accelerator: Accelerator) -> int:
 def _preview_requests(cfg: RunConfig) -> list:
     if not cfg.preview.sample_prompts:
         return []
-    from library.sizes import parse_resolution
-
-    size = parse_resolution(cfg.data.resolution) if cfg.data.resolution else None
-    return read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
+    return read_prompt_file(
+        Path(cfg.preview.sample_prompts), size=cfg.data.resolution, sampler=cfg.preview.sample_sampler
+    )
 
 
 def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:
@@ -224,9 +223,9 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
     )
     optimizer = build_optimizer(
         groups,
-        optimizer_type="AdamW8bit" if cfg.optim.use_8bit_adam else cfg.optim.optimizer_type or "AdamW",
+        optimizer_type="AdamW8bit" if cfg.optim.use_8bit_adam else cfg.optim.optimizer_type,
         learning_rate=cfg.optim.learning_rate,
-        arguments=cfg.optim.optimizer_args,
+        arguments=cfg.optim.optimizer_kwargs(),
     )
     scheduler = build_scheduler(
         optimizer,
@@ -235,13 +234,13 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
         warmup=cfg.optim.lr_warmup_steps,
         num_cycles=cfg.optim.lr_scheduler_num_cycles,
         power=cfg.optim.lr_scheduler_power,
-        arguments=cfg.optim.lr_scheduler_args,
+        arguments=cfg.optim.scheduler_kwargs(),
     )
     update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)
     view = View(Progress(), length.total_steps, length.num_epochs, Meters())
     state = _state(run, trained, optimizer, scheduler, view)
     hooks = _hooks(run, view, state, optimizer, length, update)
-    draws = Draws(run.seed, cfg.diffusion.min_timestep or 0, cfg.diffusion.max_timestep or 1000)
+    draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
     say_plan = partial(_say_plan, run, groups, length, view)
     trainer = Trainer(accelerator, wrapped, trainable, run.data, draws, update, scheduler, view, hooks, say_plan)
     return trainer, state
@@ -250,8 +249,7 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
 def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:
     facts = RunFacts(
         run_seed=run.seed,
-        data=run.data.fingerprint(),
-        samples_per_micro_batch=run.accelerator.num_processes,
+        data=data_identity(run.data.pools, world=run.accelerator.num_processes),
         accumulation=run.cfg.loop.gradient_accumulation_steps,
     )
     others = {"optimizer": optimizer, "scheduler": scheduler, "meters": view.meters}
@@ -270,7 +268,9 @@ def _say_plan(run: Run, groups: list, length: Schedule, view: View, seconds_per_
     frozen = str(weight_dtype(cfg.loop.mixed_precision)).removeprefix("torch.")
     precision = f"mixed precision {cfg.loop.mixed_precision}, frozen weights {frozen}"
     end = end_text(seconds_per_step, length.total_steps - view.progress.global_step, now=datetime.now())
-    log.info(plan_text(run.data.summary(), groups, length, batch=batch, precision=precision, end=end))
+    summary = run.data.summary()
+    log.info(summary.text())
+    log.info(plan_text(summary, groups, length, batch=batch, precision=precision, end=end))
 
 
 def _hooks(
@@ -285,8 +285,6 @@ def _hooks(
     if accelerator.is_main_process:
         resumed = 0
         if cfg.loop.resume:
-            from library.training.state import read_description
-
             resumed = read_description(Path(cfg.loop.resume))["progress"]["global_step"]
         log_hook = LogHook(_run_log(cfg, resumed), every)
         flush = log_hook.flush
@@ -342,11 +340,9 @@ def _any_rank(accelerator: Accelerator, seen: bool) -> bool:
 
 def _run_log(cfg: RunConfig, resumed_step: int) -> RunLog:
     output = Path(cfg.save.output_dir)
-    base = cfg.save.output_name or "last"
     folder = Path(cfg.loop.logging_dir) if cfg.loop.logging_dir else output / "logs"
-    return RunLog(
-        output / f"{base}-log.jsonl", folder / f"{cfg.loop.log_prefix or ''}{base}", resumed_step=resumed_step
-    )
+    tensorboard = folder / f"{cfg.loop.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+    return RunLog(output / f"{cfg.save.output_name or 'last'}-log.jsonl", tensorboard, resumed_step=resumed_step)
 
 
 def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
@@ -356,7 +352,7 @@ def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
         session_id=str(uuid.uuid4().int % 2**32),
         started_at=time.time(),
         seed=run.seed,
-        optimizer=meta.optimizer_text(optimizer, parse_arguments(cfg.optim.optimizer_args, "--optimizer_args")),
+        optimizer=meta.optimizer_text(optimizer, cfg.optim.optimizer_kwargs()),
         num_train_images=summary.repeats,
         num_reg_images=0,
         num_batches_per_epoch=data.batches_per_epoch,
@@ -364,7 +360,12 @@ def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
         max_train_steps=length.total_steps,
         model_hashes=_model_hashes(cfg, run.bundle),
     )
-    return meta.network_metadata(cfg.flat(), description, data.ss_metadata(), run.trainable.export(None).metadata)
+    return meta.network_metadata(
+        cfg.flat(),
+        description,
+        data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
+        run.trainable.export(None).metadata,
+    )
 
 
 def _model_hashes(cfg: RunConfig, bundle: ModelBundle) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from library.errors import UserError
-from library.training.optim import parse_arguments
 
 
 def steps_from(value: int | float, total: int) -> int:
@@ -23,12 +23,11 @@ def build_scheduler(
     warmup: int | float,
     num_cycles: int = 1,
     power: float = 1.0,
-    arguments: Sequence[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule `name` over `total_steps` optimizer steps; it is stepped once per optimizer step on every rank.
 
-    warmup: steps or a fraction of the total. Raises UserError where the schedule cannot warm up or refuses `arguments`
-    (`--lr_scheduler_args` items).
+    warmup: steps or a fraction of the total. Raises UserError where the schedule cannot warm up or refuses `arguments`.
     """
     from diffusers.optimization import get_scheduler
 
@@ -41,7 +40,6 @@ def build_scheduler(
         )
     if any(group["lr"] is None for group in optimizer.param_groups):
         return _Relative(optimizer)
-    extra = parse_arguments(arguments, "--lr_scheduler_args")
     try:
         return get_scheduler(
             name,
@@ -50,7 +48,7 @@ def build_scheduler(
             num_training_steps=total_steps,
             num_cycles=num_cycles,
             power=power,
-            **extra,
+            **(arguments or {}),
         )
     except (TypeError, ValueError) as error:
         raise UserError(

@@ -77,7 +77,7 @@ class RunLog:
         jsonl.parent.mkdir(parents=True, exist_ok=True)
         _cut_after(jsonl, resumed_step)
         self._file: IO[str] = jsonl.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(tensorboard_dir), purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(str(tensorboard_dir))
         self._started = time.time()
 
     def write(self, records: list[dict[str, Any]], *, images_per_second: float) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,27 +12,6 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.training.trainable import ParamGroup
-
-
-def parse_arguments(items: Sequence[str] | None, flag: str) -> dict[str, Any]:
-    """`key=value` items as keyword arguments; values are Python literals (quote strings).
-
-    Raises UserError naming `flag` and the item that cannot be read.
-    """
-    result: dict[str, Any] = {}
-    for item in items or ():
-        key, separator, text = item.partition("=")
-        if not separator or not key.strip().isidentifier():
-            raise UserError(f"{item!r} is not key=value", where=flag, fix='write for example "weight_decay=0.01"')
-        try:
-            result[key.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            raise UserError(
-                f"the value {text!r} of {key} is not a Python literal",
-                where=flag,
-                fix=f"put quotes around text: {key}='{text}'",
-            ) from None
-    return result
 
 
 def _adamw(groups: list[dict], lr: float, arguments: dict[str, Any]) -> torch.optim.Optimizer:
@@ -85,14 +63,14 @@ def _by_dotted_path(path: str) -> type[torch.optim.Optimizer]:
 
 
 def build_optimizer(
-    groups: Sequence[ParamGroup], *, optimizer_type: str, learning_rate: float, arguments: Sequence[str] | None
+    groups: Sequence[ParamGroup], *, optimizer_type: str, learning_rate: float, arguments: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """The optimizer over `groups` (each with its own rate).
 
     optimizer_type: a name of BUILDERS in any case, or a dotted class path.
-    arguments: `--optimizer_args` items. Raises UserError for an unknown name or an argument the class refuses.
+    arguments: keywords for the class. Raises UserError for an unknown name or an argument the class refuses.
     """
-    keywords = parse_arguments(arguments, "--optimizer_args")
+    keywords = dict(arguments)
     plain = [dict(group) for group in groups]
     builder = BUILDERS.get(optimizer_type.lower())
     try:

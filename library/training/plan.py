@@ -52,8 +52,7 @@ def plan_text(
 
     skipped = f", {len(data.skipped)} left out (listed above)" if data.skipped else ""
     row("images", f"{data.images} ({data.repeats} samples an epoch with repeats){skipped}")
-    buckets = ", ".join(f"{size.w}x{size.h}: {count}" for size, count in sorted(data.buckets.items()))
-    row("buckets", f"{len(data.buckets)} ({buckets}), mean aspect error {data.mean_ar_error:.4f}")
+    row("buckets", f"{len(data.buckets)} (listed above), mean aspect error {data.mean_ar_error:.4f}")
     row("batch", batch)
     row("steps", f"{run.total_steps} in {run.num_epochs} epochs of {run.steps_per_epoch}")
     for group in groups:

@@ -7,8 +7,9 @@ Noise, timesteps and data order are derived from the seed, so no RNG state is st
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,12 +54,26 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the order of the data depends on; a state from other facts cannot be resumed in the middle of an epoch."""
+    """What the order of the data depends on; a state from other facts cannot be resumed in the middle of an epoch.
+
+    data: from `data_identity`. accumulation: micro-batches per optimizer step.
+    """
 
     run_seed: int
     data: str
-    samples_per_micro_batch: int
     accumulation: int
+
+
+def data_identity(pools: Iterable[Any], *, world: int) -> str:
+    """Short hash of which samples there are, in which buckets, in global micro-batches of which size.
+
+    Two ranks with a batch of 1 and one rank with a batch of 2 have the same identity, because they see the same data.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for pool in pools:
+        digest.update(repr((pool.dataset, tuple(pool.bucket), pool.batch_size * world)).encode())
+        digest.update(repr([tuple(row) for row in pool.rows]).encode())
+    return digest.hexdigest()
 
 
 @dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from library.io import hashing
-from library.io.modelspec import modelspec_metadata
+from library.io.modelspec import modelspec_metadata, thumbnail_url
 from library.io.safetensors_file import save
 from library.log import get_logger
 from library.training import metadata as meta
@@ -52,7 +53,26 @@ class ModelWriter:
             epoch=epoch,
             minimum=self.cfg.network.no_metadata,
         )
-        spec = modelspec_metadata("lora", cfg_save=self.cfg.save, prediction_type=self.prediction_type)
+        spec = self._modelspec()
         hashes = hashing.network_hashes(artifact.tensors, training)
         save(artifact.tensors, path, {**training, **spec, "sshs_model_hash": hashes[0], "sshs_legacy_hash": hashes[1]})
         log.info(f"saved {path}")
+
+    def _modelspec(self) -> dict[str, str]:
+        cfg = self.cfg
+        fields = cfg.save.modelspec_fields()
+        title = fields.pop("title", None) or cfg.save.output_name
+        if "thumbnail" in fields:
+            fields["thumbnail"] = thumbnail_url(fields["thumbnail"])
+        return modelspec_metadata(
+            "lora",
+            created=datetime.now(),
+            title=title,
+            resolution=cfg.data.resolution,
+            prediction_type=self.prediction_type,
+            timestep_range=tuple(
+                cfg.get(name) if cfg.is_given(name) else None for name in ("min_timestep", "max_timestep")
+            ),
+            clip_skip=cfg.model.clip_skip,
+            fields=fields,
+        )

@@ -16,7 +16,6 @@ from library.inference.adapters import adapter_roots
 from library.io.safetensors_file import TensorReader
 from library.plugins import load_plugin
 from library.training.trainable import Artifact, ParamGroup, Part
-from networks._args import split_args
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -67,7 +66,7 @@ class NetworkTrainable:
                 dim=settings.network_dim,
                 alpha=settings.network_alpha,
                 dropout=settings.network_dropout,
-                args=split_args(settings.network_args or ()),
+                args=settings.network_kwargs(),
             )
             if tensors is not None:
                 self.network.load(tensors, where=settings.network_weights)
