@@ -39,7 +39,11 @@ _FIRST_INDEX = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_bloc
 @cache
 def unet_keymap(num_levels: int = NUM_LEVELS) -> KeyMap:
     """Layout A is the single file below `model.diffusion_model.`, layout B is diffusers."""
-    rules = [*_TOP, *_resnet("middle_block.0", "mid_block.resnets.0"), *_resnet("middle_block.2", "mid_block.resnets.1")]
+    rules = [
+        *_TOP,
+        *_resnet("middle_block.0", "mid_block.resnets.0"),
+        *_resnet("middle_block.2", "mid_block.resnets.1"),
+    ]
     for level in range(num_levels):
         down, up = 1 + PLACES_PER_LEVEL * level, PLACES_PER_LEVEL * level
         for index in range(2):

@@ -1,0 +1,56 @@
+"""A loaded model: the four parts, the tokenizer, and what has to be known about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from library.diffusion.schedule import NoiseSchedule
+from library.models.arch import Part, SdxlArch
+from library.models.configs import SCALING_FACTOR
+from library.models.tokenizers import ClipTokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+
+@dataclass
+class ModelBundle:
+    """SDXL in memory; parts that were not loaded are None.
+
+    source is the path or name as the user gave it, resolved_path the file or folder it stands for. identify gives
+    the identity of a part's stored weights, loaded or not. logit_scale is the one tensor of a single file that no
+    part uses; it is kept for writing back.
+    """
+
+    unet: "UNet2DConditionModel"
+    text_encoder_1: "CLIPTextModel"
+    text_encoder_2: "CLIPTextModelWithProjection"
+    vae: "AutoencoderKL"
+    tokenizer: ClipTokenizer
+    arch: SdxlArch
+    source: str
+    resolved_path: Path
+    identify: Callable[[Part], str] = field(repr=False)
+    prediction_type: str = "epsilon"
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule.scaled_linear)
+    metadata: dict[str, str] = field(default_factory=dict)
+    logit_scale: Tensor | None = None
+    scaling_factor: float = SCALING_FACTOR
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the two encoders' hidden states: (768, 1280) in SDXL."""
+        assert self.arch.text_encoder_1 is not None and self.arch.text_encoder_2 is not None
+        return self.arch.text_encoder_1.width, self.arch.text_encoder_2.width
+
+    def vae_id(self) -> str:
+        """Short hex identity of the VAE's stored weights: equal for equal weights, whatever file they are in."""
+        return self.identify("vae")
+
+    def text_encoder_id(self) -> str:
+        """Short hex identity of both text encoders' stored weights."""
+        return self.identify("text_encoder_1") + self.identify("text_encoder_2")
