@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from library.config.dataset_file import DatasetSpec, SubsetSpec
+from library.config.dataset_file import DatasetSpec
 from library.data.batching import Pool, Row
 from library.data.buckets import BucketPolicy, UnplaceableImage
 from library.data.sources import folders
 from library.data.types import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.errors import UserError
-from library.log import get_logger
 
-log = get_logger(__name__)
+ALIGNMENT = 32
+"""Pixels: the latents of SDXL (1/8) are halved twice inside the U-Net."""
 
 
 def policy_of(spec: DatasetSpec) -> BucketPolicy:
@@ -40,8 +39,9 @@ def assemble(specs: Sequence[DatasetSpec]) -> tuple[list[PlacedImage], ScanRepor
     images: list[PlacedImage] = []
     seen: Counter[str] = Counter()
     for index, spec in enumerate(specs):
+        _check_resolution(spec)
         policy = policy_of(spec)
-        for subset in _distinct(spec):
+        for subset in spec.subsets:
             for record in folders.scan(subset, report=report):
                 try:
                     placement = policy.place(record.size)
@@ -50,6 +50,16 @@ def assemble(specs: Sequence[DatasetSpec]) -> tuple[list[PlacedImage], ScanRepor
                     continue
                 images.append(PlacedImage(_unique(record, seen), placement, index))
     return images, report
+
+
+def _check_resolution(spec: DatasetSpec) -> None:
+    """Buckets are aligned by their step; a resolution that is used as it is has to be aligned by the user."""
+    if not spec.enable_bucket and (spec.resolution.w % ALIGNMENT or spec.resolution.h % ALIGNMENT):
+        raise UserError(
+            f"resolution {spec.resolution} is not a multiple of {ALIGNMENT} on both sides",
+            where="resolution of a data set without enable_bucket",
+            fix="choose such a resolution, or turn on enable_bucket",
+        )
 
 
 def group_into_pools(images: Sequence[PlacedImage], specs: Sequence[DatasetSpec]) -> list[Pool]:
@@ -68,17 +78,3 @@ def _unique(record: ImageRecord, seen: Counter[str]) -> ImageRecord:
     seen[record.key] += 1
     count = seen[record.key]
     return record if count == 1 else replace(record, key=f"{record.key}#{count}")
-
-
-def _distinct(spec: DatasetSpec) -> Iterator[SubsetSpec]:
-    """The subsets that are used: the first of those with the same folder, and none without repeats."""
-    folders_seen: set[Path] = set()
-    for subset in spec.subsets:
-        folder = Path(subset.image_dir).resolve()
-        if subset.num_repeats < 1:
-            log.warning("%s is not used: num_repeats is %d", subset.image_dir, subset.num_repeats)
-        elif folder in folders_seen:
-            log.warning("%s is listed twice in one data set; the later entry is not used", subset.image_dir)
-        else:
-            folders_seen.add(folder)
-            yield subset

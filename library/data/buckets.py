@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from library.errors import UserError
 from library.sizes import Size
-
-LATENT_CELL = 8
-"""Pixels per latent cell along one side."""
 
 
 class Placement(NamedTuple):
@@ -56,7 +52,7 @@ class BucketPolicy:
 
     Without `enable_bucket` there is one bucket, `resolution`, and every image is scaled to cover it and cropped.
     `no_upscale` has no list: an image keeps its size unless its area exceeds `resolution`'s, and sides are cut down
-    to multiples of `step`. Raises UserError when the numbers contradict each other.
+    to multiples of `step`. Otherwise both sides of `resolution` lie between `minimum` and `maximum`.
     """
 
     resolution: Size
@@ -67,38 +63,10 @@ class BucketPolicy:
     no_upscale: bool = False
 
     def __post_init__(self) -> None:
-        if not self.enable_bucket:
-            if self.resolution.w % LATENT_CELL or self.resolution.h % LATENT_CELL:
-                raise UserError(
-                    f"resolution {self.resolution.w}x{self.resolution.h} is not a multiple of {LATENT_CELL}",
-                    where="resolution",
-                    fix="use multiples of 64, or turn on enable_bucket",
-                )
-            return
-        if self.step < LATENT_CELL or self.step % LATENT_CELL:
-            raise UserError(
-                f"bucket_reso_steps {self.step} is not a multiple of {LATENT_CELL}",
-                where="bucket_reso_steps",
-                fix="use 64 or 32",
-            )
-        self._check_bounds()
-
-    def _check_bounds(self) -> None:
-        if self.no_upscale:
-            return
-        low, high = self.bounds
-        if min(self.resolution) < low:
-            raise UserError(
-                f"min_bucket_reso {low} is larger than the shorter side of resolution {tuple(self.resolution)}",
-                where="min_bucket_reso",
-                fix=f"set min_bucket_reso to {min(self.resolution)} or less",
-            )
-        if max(self.resolution) > high:
-            raise UserError(
-                f"max_bucket_reso {high} is smaller than the longer side of resolution {tuple(self.resolution)}",
-                where="max_bucket_reso",
-                fix=f"set max_bucket_reso to {max(self.resolution)} or more",
-            )
+        if self.enable_bucket:
+            assert self.step > 0
+            low, high = self.bounds
+            assert self.no_upscale or low <= min(self.resolution) <= max(self.resolution) <= high, self
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -52,14 +52,15 @@ class CacheReport:
         """The figures in one line."""
         return f"built {self.built}, reused {self.reused}, stale {len(self.stale)}, failed {len(self.failed)}"
 
-    def details(self) -> list[str]:
-        """Lines for the log: why entries were stale, with counts, and which images failed."""
+    def text(self, what: str) -> str:
+        """Lines for the log: the figures, why entries were stale, with counts, and which images failed."""
         reasons = Counter(stale.reason for stale in self.stale)
-        lines = [f"  stale: {reason} ({count})" for reason, count in reasons.most_common()]
+        lines = [f"{what}: {self.line()}"]
+        lines += [f"  stale: {reason} ({count})" for reason, count in reasons.most_common()]
         lines += [f"  failed: {path}: {reason}" for path, reason in self.failed[:LISTED]]
         if len(self.failed) > LISTED:
             lines.append(f"  ... and {len(self.failed) - LISTED} more failed")
-        return lines
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

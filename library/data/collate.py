@@ -128,7 +128,7 @@ class BatchBuilder(Dataset):
             bucket=work.rows.bucket,
             pixels_B3HW=_stack([sample.pixels_3HW for sample in samples]),
             latents_B4hw=_stack([sample.latents_4hw for sample in samples]),
-            text=None if self.text is None else TextCond.cat([sample.text for sample in samples]),
+            text=TextCond.cat(texts) if (texts := [s.text for s in samples if s.text is not None]) else None,
             failures=failures,
         )
 

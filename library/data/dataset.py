@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import torch
@@ -15,6 +17,7 @@ from library.data import report
 from library.data.assemble import assemble, group_into_pools
 from library.data.batching import Pool, count_steps, epoch_plan, rank_rows
 from library.data.collate import BatchBuilder, Work
+from library.data.report import DataSummary
 from library.data.stores import LatentStore, TextStore
 from library.data.types import Batch, ImageRecord, PlacedImage, ScanReport, Skipped, StepGroup
 from library.diffusion.conditioning import Tokens
@@ -28,36 +31,32 @@ Tokenize = Callable[[list[str]], Tokens]
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What batches depend on besides the data sets. `tokenize` runs in the main process only."""
+    """What batches depend on besides the data sets.
+
+    `tokenize` runs in the main process only; without it batches have no tokens. `num_workers` processes (never more
+    than there are CPU cores) read the files of coming batches; `persistent_workers` keeps them from epoch to epoch.
+    `legacy_crop` gives the size ids of sd-scripts.
+    """
 
     seed: int
-    tokenize: Tokenize | None
-    world: int
-    rank: int
-    accumulation: int
-    num_workers: int
-    legacy_crop: bool
+    tokenize: Tokenize | None = None
+    world: int = 1
+    rank: int = 0
+    accumulation: int = 1
+    num_workers: int = 0
+    persistent_workers: bool = False
+    legacy_crop: bool = False
 
 
-def build_train_data(
-    specs: Sequence[DatasetSpec],
-    *,
-    seed: int,
-    tokenize: Tokenize | None = None,
-    world: int = 1,
-    rank: int = 0,
-    accumulation: int = 1,
-    num_workers: int = 0,
-    legacy_crop: bool = False,
-) -> TrainData:
+def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData:
     """Scan the folders of `specs`, read image sizes and captions, and place every image in a bucket.
 
-    Images that cannot be used are left out and listed in `summary()`. Raises UserError when a folder is missing or
-    empty or when nothing is left to train on.
+    `settings` are the fields of DataSettings; `seed` is required. Images that cannot be used are left out and listed
+    in `summary()`. Raises UserError when a folder is missing or empty or when nothing is left to train on.
     """
+    chosen = DataSettings(**settings)
     images, scan_report = assemble(specs)
-    settings = DataSettings(seed, tokenize, world, rank, accumulation, num_workers, legacy_crop)
-    return TrainData(specs, images, scan_report=scan_report, settings=settings)
+    return TrainData(specs, images, scan_report=scan_report, settings=chosen)
 
 
 class TrainData:
@@ -74,8 +73,7 @@ class TrainData:
         self.specs = tuple(specs)
         self.settings = settings
         self.scan_report = scan_report
-        self.persistent_workers = False
-        """Keep data loader workers alive between epochs."""
+        self._num_workers = min(settings.num_workers, os.cpu_count() or 1)
         self._latents: LatentStore | None = None
         self._text: TextStore | None = None
         self._reported: set[str] = set()
@@ -146,7 +144,7 @@ class TrainData:
             micro_batches = [self._finish(next(batches)) for _ in group]
             yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
 
-    def summary(self) -> report.DataSummary:
+    def summary(self) -> DataSummary:
         """Counts for the plan that is printed before training."""
         return report.summarise(self.specs, self.images, scan_report=self.scan_report)
 
@@ -173,10 +171,10 @@ class TrainData:
         """Batches in the order of `works`; workers are used only when there are files to read."""
         from_memory = self._latents is not None and self._latents.in_memory
         from_memory = from_memory and (self._text is None or self._text.in_memory)
-        if self.settings.num_workers == 0 or from_memory:
+        if self._num_workers == 0 or from_memory:
             builder = self._builder()
             return (builder[work] for work in works)
-        if self._loader is None or not self.persistent_workers:
+        if self._loader is None or not self.settings.persistent_workers:
             self._loader = self._make_loader()
         assert isinstance(self._loader.sampler, _WorkList)
         self._loader.sampler.works = works
@@ -187,8 +185,8 @@ class TrainData:
             self._builder(),
             batch_size=None,
             sampler=_WorkList(),
-            num_workers=self.settings.num_workers,
-            persistent_workers=self.persistent_workers,
+            num_workers=self._num_workers,
+            persistent_workers=self.settings.persistent_workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_init_worker,
             # The iterator draws a base seed for the workers' global generators, which nothing here uses; a private

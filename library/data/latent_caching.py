@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,6 @@ from library.data.stores import LatentStore
 from library.data.transforms import apply_crop, crop_info, read_record, to_pixels
 from library.data.types import READ_ERRORS, PlacedImage, Skipped
 from library.diffusion.conditioning import legacy_crop_ltrb
-from library.errors import UserError
 from library.io import fingerprint, latent_cache
 from library.io.latent_cache import CacheCheck, LatentEntry
 from library.seeds import derive_seed
@@ -73,10 +73,10 @@ def build_latents(
     `encode` is called once, and only when something must be encoded. Latents are a sample of the VAE's posterior
     whose noise is derived from the record's key, so they depend neither on batch nor on rank. An image that cannot be
     decoded or has no finite latents is in the report's `failed` and absent from the store. With `to_disk` each file is
-    written as soon as its batch is done, so an interrupted pass goes on where it stopped. Raises UserError when a
-    subset crops at random, since a cached image has one crop.
+    written as soon as its batch is done, so an interrupted pass goes on where it stopped. No subset may crop at
+    random.
     """
-    _refuse_random_crop(images)
+    assert not any(image.record.subset.random_crop for image in images), "a cached image has one crop"
     targets = make_targets(images, standard_path=_path, identity=_identity)
     if options.to_disk:
         checks = inspect_all(
@@ -113,12 +113,12 @@ def _collect(
     return store, report
 
 
-def _put(store: LatentStore, target: Target, entry) -> None:
+def _put(store: LatentStore, target: Target, entry: LatentEntry | Path) -> None:
     for image in target.images:
         store.put(image.record.key, entry)
 
 
-def _path(image: PlacedImage):
+def _path(image: PlacedImage) -> Path:
     return latent_cache.latent_cache_path(image.record.path, image.record.size)
 
 
@@ -128,16 +128,6 @@ def _identity(image: PlacedImage) -> tuple:
 
 def _needs_flip(target: Target) -> bool:
     return any(image.record.subset.flip_aug for image in target.images)
-
-
-def _refuse_random_crop(images: Sequence[PlacedImage]) -> None:
-    folders = sorted({image.record.subset.image_dir for image in images if image.record.subset.random_crop})
-    if folders:
-        raise UserError(
-            "random_crop does not go with cached latents: a cached image has one crop",
-            where=", ".join(folders),
-            fix="turn off random_crop or cache_latents",
-        )
 
 
 def _inspect(target: Target, options: LatentCacheOptions) -> CacheCheck:

@@ -28,10 +28,13 @@ class SubsetSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Counts of a whole run. `samples` and `buckets` include repeats; `mean_ar_error` is over distinct images."""
+    """Counts of a whole run.
+
+    `repeats` is the number of samples per epoch; `buckets` counts repeats too, `mean_ar_error` is over distinct images.
+    """
 
     images: int
-    samples: int
+    repeats: int
     buckets: dict[Size, int]
     mean_ar_error: float
     skipped: tuple[Skipped, ...]
@@ -40,7 +43,7 @@ class DataSummary:
 
     def text(self) -> str:
         """Lines for the log: subsets, buckets, images left out, images without a caption."""
-        lines = [f"{self.images} images, {self.samples} samples per epoch (repeats included)"]
+        lines = [f"{self.images} images, {self.repeats} samples per epoch (repeats included)"]
         lines += [f"  {s.image_dir}: {s.images} images x {s.repeats} repeats" for s in self.subsets]
         lines += [
             f"bucket {i}: resolution {tuple(size)}, count: {count}"
@@ -80,7 +83,7 @@ def summarise(specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, sc
     )
     return DataSummary(
         images=len(images),
-        samples=sum(buckets.values()),
+        repeats=sum(buckets.values()),
         buckets=dict(sorted(buckets.items())),
         mean_ar_error=_mean_ar_error(images),
         skipped=tuple(scan_report.skipped),

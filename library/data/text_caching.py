@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,6 @@ from library.data.progress import progress_bar
 from library.data.stores import TextStore
 from library.data.types import PlacedImage
 from library.diffusion.conditioning import TextCond
-from library.errors import UserError
 from library.io import fingerprint, text_cache
 from library.io.latent_cache import CacheCheck
 from library.io.text_cache import TextEntry
@@ -61,10 +61,10 @@ def build_text(
 ) -> tuple[TextStore, CacheReport]:
     """Make the encoded captions of `images` available to every rank and say what had to be done.
 
-    The report counts entries (one per image, as a rule), whatever the number of distinct captions. Raises UserError
-    when a subset shuffles or drops tags, which a single encoding cannot express.
+    The report counts entries (one per image, as a rule), whatever the number of distinct captions. No subset may
+    shuffle or drop tags.
     """
-    _refuse_tag_edits(images)
+    assert not any(has_tag_edits(image.record.subset) for image in images), "a cached caption has one wording"
     targets = make_targets(
         images, standard_path=lambda image: text_cache.text_cache_path(image.record.path), identity=cached_caption
     )
@@ -97,19 +97,9 @@ def cached_caption(image: PlacedImage) -> str:
     return fixed_caption(image.record.caption, image.record.subset)
 
 
-def _put(store: TextStore, target: Target, entry) -> None:
+def _put(store: TextStore, target: Target, entry: TextCond | Path) -> None:
     for image in target.images:
         store.put(image.record.key, entry)
-
-
-def _refuse_tag_edits(images: Sequence[PlacedImage]) -> None:
-    folders = sorted({image.record.subset.image_dir for image in images if has_tag_edits(image.record.subset)})
-    if folders:
-        raise UserError(
-            "shuffle_caption and caption_tag_dropout_rate do not go with cached captions: a caption is encoded once",
-            where=", ".join(folders),
-            fix="turn them off, or turn off cache_text_encoder_outputs (caption_dropout_rate works with the cache)",
-        )
 
 
 def _inspect(target: Target, options: TextCacheOptions) -> CacheCheck:

@@ -42,7 +42,7 @@ def resize(image: np.ndarray, size: Size, *, interpolation: str | None = None) -
     if interpolation is None:
         interpolation = "area" if size.w <= width and size.h <= height else "lanczos"
     if interpolation in _PIL_FILTERS:
-        return np.asarray(Image.fromarray(image).resize((size.w, size.h), _PIL_FILTERS[interpolation]))
+        return np.array(Image.fromarray(image).resize((size.w, size.h), _PIL_FILTERS[interpolation]))
     return cv2.resize(image, (size.w, size.h), interpolation=_CV2_FILTERS[interpolation])
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,25 +105,24 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """A copy with every tensor on `device`; dtypes stay."""
-        moved: dict[str, object] = {}
-        for slot in dataclasses.fields(self):
-            value = getattr(self, slot.name)
-            if isinstance(value, Tensor):
-                moved[slot.name] = value.to(device, non_blocking=non_blocking)
-            elif isinstance(value, Tokens | TextCond):
-                moved[slot.name] = value.to(device)
-        return dataclasses.replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; the data loader calls this when a GPU is present."""
-        pinned: dict[str, object] = {}
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A copy with every tensor changed, those inside tokens and text included."""
+        changed: dict[str, Any] = {}
         for slot in dataclasses.fields(self):
             value = getattr(self, slot.name)
             if isinstance(value, Tensor):
-                pinned[slot.name] = value.pin_memory()
-            elif isinstance(value, TextCond):
-                pinned[slot.name] = TextCond(value.hidden_BTD.pin_memory(), value.pooled_BP.pin_memory())
-        return dataclasses.replace(self, **pinned)
+                changed[slot.name] = change(value)
+            elif isinstance(value, Tokens | TextCond):
+                parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+                filled = {name: None if part is None else change(part) for name, part in parts.items()}
+                changed[slot.name] = dataclasses.replace(value, **filled)
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass

@@ -1,0 +1,66 @@
+"""The two cache tools: from the settings to filled cache files, on one or several processes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+
+from library.config.dataset_file import dataset_specs
+from library.config.run_config import RunConfig
+from library.data.caching import CacheReport
+from library.data.dataset import TrainData, build_train_data
+from library.inference import encode_pass
+from library.log import get_logger
+from library.models import checkpoint, memory
+
+log = get_logger(__name__)
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def cache_latents(cfg: RunConfig) -> CacheReport:
+    """Write the latents of every image of the data set beside it; what is there and still right stays."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    data = _data(cfg)
+    dtype = _DTYPES[cfg.loop.mixed_precision]
+    bundle = checkpoint.load_bundle(
+        cfg.model.pretrained_model_name_or_path,
+        vae=cfg.model.vae,
+        dtype=torch.float32 if cfg.model.no_half_vae else dtype,
+        parts=("vae",),
+        disable_mmap=cfg.model.disable_mmap_load_safetensors,
+    )
+    memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
+    _, report = encode_pass.cache_latents_pass(
+        bundle, data, cfg=cfg, device=state.device, rank=state.process_index, world=state.num_processes
+    )
+    return _finish(state, report, "latents")
+
+
+def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
+    """Write the encoded caption of every image of the data set beside it; what is there and still right stays."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    data = _data(cfg)
+    bundle = checkpoint.load_bundle(
+        cfg.model.pretrained_model_name_or_path,
+        dtype=_DTYPES[cfg.loop.mixed_precision],
+        parts=("text_encoders",),
+        disable_mmap=cfg.model.disable_mmap_load_safetensors,
+    )
+    _, report = encode_pass.cache_text_pass(
+        bundle, data, cfg=cfg, device=state.device, rank=state.process_index, world=state.num_processes
+    )
+    return _finish(state, report, "text encoder outputs")
+
+
+def _data(cfg: RunConfig) -> TrainData:
+    data = build_train_data(dataset_specs(cfg), seed=cfg.loop.seed or 0)
+    log.info(data.summary().text())
+    return data
+
+
+def _finish(state: PartialState, report: CacheReport, what: str) -> CacheReport:
+    if report.stale or report.failed:
+        log.info(report.text(what))
+    state.destroy_process_group()
+    return report

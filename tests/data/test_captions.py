@@ -1,0 +1,102 @@
+"""The caption pipeline: order of the steps, what survives, and that a seed decides everything."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.data.captions import fixed_caption, process_caption
+from tests.data.specs import subset
+
+tags = st.text("abcdefg ", min_size=1, max_size=6).map(str.strip).filter(bool)
+captions = st.lists(tags, min_size=1, max_size=8)
+
+
+def process(caption, *, seed=0, epoch=1, **settings):
+    return process_caption(caption, subset(**settings), rng=random.Random(seed), epoch=epoch)
+
+
+def split(caption):
+    return caption.split(", ") if caption else []
+
+
+@given(captions, st.integers(0, 9), st.integers())
+def test_kept_tokens_stay_in_front_and_no_tag_is_lost(parts, keep, seed):
+    out = split(process(",".join(parts), seed=seed, shuffle_caption=True, keep_tokens=keep))
+    assert out[:keep] == parts[:keep]
+    assert Counter(out) == Counter(parts)
+
+
+@given(captions, st.integers(0, 9), st.integers(), st.floats(0.01, 1))
+def test_tag_dropout_spares_kept_tokens_and_keeps_the_order(parts, keep, seed, rate):
+    out = split(process(",".join(parts), seed=seed, keep_tokens=keep, caption_tag_dropout_rate=rate))
+    assert out[:keep] == parts[:keep]
+    rest = iter(parts[keep:])
+    assert all(tag in rest for tag in out[keep:])
+
+
+@given(captions, captions, captions, st.integers())
+def test_separators_fix_the_head_and_the_tail(head, middle, tail, seed):
+    text = f"{', '.join(head)} ||| {', '.join(middle)} ||| {', '.join(tail)}"
+    out = split(process(text, seed=seed, shuffle_caption=True, keep_tokens_separator="|||", keep_tokens=99))
+    assert out[: len(head)] == head and out[-len(tail) :] == tail
+    assert Counter(out[len(head) : -len(tail)]) == Counter(middle)
+
+
+@given(captions, st.integers(), st.integers(1, 9))
+def test_a_seed_decides_everything(parts, seed, epoch):
+    settings = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.5, "caption_dropout_rate": 0.3}
+    text = ",".join(parts)
+    assert process(text, seed=seed, epoch=epoch, **settings) == process(text, seed=seed, epoch=epoch, **settings)
+
+
+def test_shuffling_reaches_every_order():
+    orders = {process("a,b,c", seed=seed, shuffle_caption=True) for seed in range(100)}
+    assert len(orders) == 6
+
+
+def test_a_caption_that_needs_no_edit_stays_to_the_letter():
+    text = "a ,, b|||c "
+    assert process(text, keep_tokens=1, keep_tokens_separator="|||") == text
+
+
+def test_edited_captions_are_joined_by_comma_and_space_whatever_the_separator():
+    assert process("a;b; c", caption_separator=";", shuffle_caption=True, keep_tokens=3) == "a, b, c"
+
+
+def test_empty_parts_vanish_only_with_a_keep_tokens_separator():
+    assert process("a,,b", shuffle_caption=True, keep_tokens=3) == "a, , b"
+    assert process("a,,b||c,,", keep_tokens_separator="||", shuffle_caption=True) == "a, b, c"
+
+
+def test_a_third_separator_is_text():
+    out = process("a || b || c || d", keep_tokens_separator="||", shuffle_caption=True)
+    assert out == "a, b, c || d"
+
+
+def test_prefix_and_suffix_are_on_the_chosen_line():
+    assert process("first\nsecond", caption_prefix="p,", caption_suffix="s") == "p, first s"
+
+
+def test_dropout_drops_prefix_and_suffix_too():
+    assert process("a", caption_prefix="p", caption_dropout_rate=1.0) == ""
+
+
+def test_dropout_happens_at_its_rate():
+    dropped = sum(process("a", seed=seed, caption_dropout_rate=0.25) == "" for seed in range(2000))
+    assert 430 < dropped < 570
+
+
+def test_every_nth_epoch_drops_all_captions_counting_from_one():
+    seen = [process("a", epoch=epoch, caption_dropout_every_n_epochs=3) for epoch in range(1, 8)]
+    assert seen == ["a", "a", "", "a", "a", "", "a"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fixed_caption_is_what_remains_without_chance(seed):
+    settings = {"caption_prefix": "p", "caption_suffix": "s", "caption_dropout_rate": 0.5}
+    out = process("a, b\nc", seed=seed, **settings)
+    assert out in ("", fixed_caption("a, b\nc", subset(**settings)))
+    assert fixed_caption("a, b\nc", subset(**settings)) == "p a, b s"
