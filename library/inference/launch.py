@@ -1,0 +1,165 @@
+"""From requests to pictures: encodes prompts, batches what can be drawn together, denoises, decodes."""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from library.diffusion.conditioning import TextCond
+from library.inference.adapters import set_strengths
+from library.inference.denoise import denoise
+from library.inference.guidance import guided
+from library.inference.prompt_line import CELL, MAX_SEED, GenRequest
+from library.inference.samplers import make_scheduler, start_noise
+from library.inference.texts import Conditioning, TextForm
+from library.models.bundle import ModelBundle
+from library.models.families import sdxl
+from networks._network import AdapterNetwork
+
+BAR_DELAY = 2.0  # seconds before a progress bar shows: shorter work needs none
+
+
+@torch.no_grad()
+def encode_requests(
+    bundle: ModelBundle,
+    requests: Sequence[GenRequest],
+    *,
+    device: torch.device | str | None = None,
+    text_form: TextForm | Literal["generate", "train"] = "generate",
+    networks: Sequence[AdapterNetwork] = (),
+) -> Conditioning:
+    """Encode what the requests say, equal prompts once; the result is on the CPU.
+
+    Afterwards the text encoders are not needed to draw these requests. They work on `device` (None: where they are)
+    and are put back. Prompts are encoded one by one, so that a prompt's encoding does not depend on the others.
+    """
+    conditioning = Conditioning(TextForm(text_form) if isinstance(text_form, str) else text_form)
+    with _on(device, bundle.text_encoder_1, bundle.text_encoder_2):
+        for request in requests:
+            with _strengths(networks, request):
+                conditioning.add(bundle, request)
+    return conditioning
+
+
+@torch.no_grad()
+def generate(
+    bundle: ModelBundle,
+    requests: Sequence[GenRequest],
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 1,
+    vae_batch_size: int | None = None,
+    conditioning: Conditioning | None = None,
+    text_form: TextForm | Literal["generate", "train"] = "generate",
+    networks: Sequence[AdapterNetwork] = (),
+) -> Iterator[tuple[GenRequest, Image.Image]]:
+    """Draw the requests and yield each with its picture, in their order.
+
+    Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
+    vae_batch_size of them at once. device: where to compute (None: where the U-Net is). conditioning: the encoded
+    requests, when the text encoders are busy or gone; else they are encoded here. networks: those whose strength
+    the requests' network_muls set. Models should be in eval mode; the dtype is theirs.
+
+    A picture's noise depends on its seed alone. Its numbers can differ in the last bits with the size of the batch
+    it is drawn in, since matrix products do, and never with its place in a batch.
+    """
+    if conditioning is None:
+        conditioning = encode_requests(bundle, requests, device=device, text_form=text_form, networks=networks)
+    total = sum(request.steps for request in requests)
+    with (
+        _on(device, bundle.unet, bundle.vae),
+        tqdm(total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None) as bar,
+    ):
+        for batch in _batches(requests, batch_size, conditioning):
+            with _strengths(networks, batch[0]):
+                latents = _denoised(bundle, batch, conditioning, bar=bar)
+            pictures = _decoded(bundle, latents, vae_batch_size or batch_size)
+            yield from zip(batch, pictures, strict=True)
+
+
+def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Conditioning) -> Iterator[list[GenRequest]]:
+    """Runs of neighbours that can be drawn together, cut at batch_size."""
+
+    def together(request: GenRequest) -> Any:
+        kept = replace(request, prompt="", negative="", seed=None, seeds=(), raw="")
+        return kept, conditioning.num_positions(request)
+
+    for _, neighbours in groupby(requests, key=together):
+        run = list(neighbours)
+        for start in range(0, len(run), batch_size):
+            yield run[start : start + batch_size]
+
+
+def _denoised(bundle: ModelBundle, batch: list[GenRequest], conditioning: Conditioning, *, bar: tqdm) -> Tensor:
+    """Latents (B, 4, h, w), scaled, float32, of requests that can be drawn together."""
+    first = batch[0]
+    device = bundle.unet.device
+    scheduler = make_scheduler(first.sampler, prediction_type=bundle.prediction_type, steps=first.steps)
+    seeds = [secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed for request in batch]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = start_noise(generators, (bundle.unet.config.in_channels, first.size.h // CELL, first.size.w // CELL))
+
+    def model(x: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor) -> Tensor:
+        return sdxl.predict(bundle.unet, x, t_B, text, sizes_B6)
+
+    def rows(negative: bool) -> tuple[TextCond, Tensor]:
+        text = TextCond.cat([conditioning.text(request, negative=negative) for request in batch])
+        sizes = [request.size_ids(negative=negative) for request in batch]
+        return text.to(device), torch.tensor(sizes, dtype=torch.float32, device=device)
+
+    positive, positive_sizes = rows(False)
+    negative, negative_sizes = rows(True) if first.scale > 1 else (None, positive_sizes)
+    predict = guided(
+        model,
+        positive=positive,
+        positive_sizes_B6=positive_sizes,
+        negative=negative,
+        negative_sizes_B6=negative_sizes,
+        scale=first.scale,
+    )
+    calls = len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
+    advance = len(batch) * first.steps / calls
+    return denoise(predict, noise.to(device), scheduler, generators=generators, on_step=lambda: bar.update(advance))
+
+
+def _decoded(bundle: ModelBundle, latents: Tensor, at_once: int) -> Iterator[Image.Image]:
+    """Pictures of scaled latents, `at_once` of them in memory."""
+    for part in latents.split(at_once):
+        pixels = sdxl.decode_latents(bundle.vae, part / bundle.scaling_factor).float()
+        values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        for picture in values.permute(0, 2, 3, 1).cpu().numpy():
+            yield Image.fromarray(np.ascontiguousarray(picture))
+
+
+@contextmanager
+def _strengths(networks: Sequence[AdapterNetwork], request: GenRequest) -> Iterator[None]:
+    """Networks at the strengths that a request asks for, afterwards back at their own."""
+    before = [network.multiplier for network in networks]
+    if networks and request.network_muls:
+        set_strengths(networks, request.network_muls)
+    yield
+    if networks:
+        set_strengths(networks, before)
+
+
+@contextmanager
+def _on(device: torch.device | str | None, *modules: nn.Module | None) -> Iterator[None]:
+    """Modules on a device, afterwards back where they were."""
+    present = [module for module in modules if module is not None]
+    homes = [next(module.parameters()).device for module in present]
+    try:
+        if device is not None:
+            for module in present:
+                module.to(device)
+        yield
+    finally:
+        for module, home in zip(present, homes, strict=True):
+            module.to(home)

@@ -1,0 +1,135 @@
+"""What sdxl_gen_img.py does: reads the prompts, loads the model and its networks, draws, writes."""
+
+import random
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.errors import UserError
+from library.inference.adapters import load_networks
+from library.inference.launch import encode_requests, generate
+from library.inference.prompt_line import CELL, MAX_SEED, GenRequest, parse_line, read_lines
+from library.inference.texts import TextForm
+from library.inference.writer import PictureWriter
+from library.log import get_logger
+from library.models import attention
+from library.models.bundle import ModelBundle
+from library.models.checkpoint import load_bundle
+from library.sizes import Size
+from networks._network import AdapterNetwork
+
+if TYPE_CHECKING:
+    from library.config.generate import GenerateOptions
+    from library.config.run_config import RunConfig
+
+logger = get_logger(__name__)
+
+
+def run(cfg: "RunConfig") -> list[Path]:
+    """Draw everything that the configuration asks for and return the pictures' paths, in order."""
+    options: GenerateOptions = cfg.generate
+    lines = read_lines(Path(options.from_file)) if options.from_file else [options.prompt]
+    if options.network_args:
+        raise UserError(
+            "network_args have no effect on networks that are loaded from files", "network_args", "remove it"
+        )
+    bundle = _load(options)
+    networks = load_networks(
+        bundle,
+        modules=options.network_module,
+        weights=options.network_weights,
+        muls=options.network_mul,
+        merge=options.network_merge,
+    )
+    defaults = GenRequest(
+        size=_size(options, bundle), steps=options.steps, scale=options.scale, sampler=options.sampler
+    )
+    requests = list(
+        plan(
+            [parse_line(line, defaults) for line in lines],
+            images_per_prompt=options.images_per_prompt,
+            n_iter=options.n_iter,
+            seed=options.seed,
+        )
+    )
+    _check_strengths(requests, networks, merged=options.network_merge)
+    writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
+    form = TextForm("generate", options.max_embeddings_multiples or 1)
+    conditioning = encode_requests(bundle, requests, text_form=form, networks=networks)
+    pictures = generate(
+        bundle,
+        requests,
+        batch_size=options.batch_size,
+        vae_batch_size=_vae_batch_size(options),
+        conditioning=conditioning,
+        networks=networks,
+    )
+    for request, picture in pictures:
+        writer.write(request, picture)
+    return writer.paths
+
+
+def plan(
+    prompts: Sequence[GenRequest], *, images_per_prompt: int, n_iter: int, seed: int | None
+) -> Iterator[GenRequest]:
+    """Every picture of a run with its seed: the whole list n_iter times, each prompt images_per_prompt times.
+
+    A picture takes its prompt's `--d` seed; where there is none, a run with one picture takes `seed`, with several
+    the next number of sd-scripts' stream `random.Random(seed).randint(0, 2^31 - 1)`, and without `seed` a random one.
+    """
+    total = len(prompts) * images_per_prompt * n_iter
+    stream = random.Random(seed)
+    for _ in range(n_iter):
+        for prompt in prompts:
+            for index in range(images_per_prompt):
+                if index < len(prompt.seeds):
+                    chosen = prompt.seeds[index]
+                elif seed is None:
+                    chosen = secrets.randbelow(MAX_SEED + 1)
+                else:
+                    chosen = seed if total == 1 else stream.randint(0, MAX_SEED)
+                yield replace(prompt, seed=chosen)
+
+
+def _load(options: "GenerateOptions") -> ModelBundle:
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
+    bundle = load_bundle(
+        options.ckpt,
+        vae=options.vae,
+        dtype=dtype,
+        vae_dtype=torch.float32 if options.no_half_vae else dtype,
+        device=device,
+    )
+    attention.configure(bundle.unet, xformers=options.xformers, device=device)
+    if options.v_parameterization:
+        bundle.prediction_type = "v_prediction"
+    return bundle
+
+
+def _size(options: "GenerateOptions", bundle: ModelBundle) -> Size:
+    """The size asked for; what is left open is the size that the model was made for: 1024 for SDXL, 128 for `tiny`."""
+    native = bundle.arch.facts.sample_size * CELL
+    return Size(options.W or native, options.H or native)
+
+
+def _vae_batch_size(options: "GenerateOptions") -> int | None:
+    size = options.vae_batch_size
+    if size is None:
+        return None
+    return max(1, int(size * options.batch_size if size < 1 else size))
+
+
+def _check_strengths(requests: Sequence[GenRequest], networks: Sequence[AdapterNetwork], *, merged: bool) -> None:
+    for request in requests:
+        if request.network_muls and not networks:
+            reason = "they are merged into the model" if merged else "no networks are loaded"
+            raise UserError(
+                f"--am has nothing to act on: {reason}",
+                request.raw,
+                "remove --am" + (" or network_merge" if merged else ""),
+            )

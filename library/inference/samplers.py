@@ -1,0 +1,115 @@
+"""The samplers by sd-scripts' names, on diffusers' schedulers, with noise that belongs to the picture.
+
+Settings (gen_img.md §1): SDXL's betas, steps_offset 1 where timesteps are leading, no clipping of the predicted
+picture, eta 0. Every picture of a batch has its own CPU generator: its start noise is the first draw, then one draw
+for every call of a sampler that adds noise. So the noise depends on the seed alone, not on batch or device.
+"""
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_STEPS = _BETAS["num_train_timesteps"]
+_LMS_ORDER = 4
+
+
+class LmsScheduler(diffusers.EulerDiscreteScheduler):
+    """Linear multistep of order 4 in sigma (Adams-Bashforth, Katherine Crowson's K-LMS).
+
+    Like diffusers' LMSDiscreteScheduler, with the Lagrange polynomials integrated exactly instead of by scipy's
+    quadrature, so that scipy is not needed.
+    """
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """Start a new run: choose the sigmas and forget the slopes of the last one."""
+        super().set_timesteps(*args, **kwargs)
+        self.slopes: list[Tensor] = []
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **ignored: Any) -> Any:
+        """One step from sigma_i to sigma_(i+1), from the model's output at sigma_i."""
+        # Euler's step is sample + slope * (sigma_(i+1) - sigma_i): it yields the slope for either prediction type.
+        index = self.step_index if self.step_index is not None else self.index_for_timestep(timestep)
+        euler = super().step(model_output, timestep, sample)
+        here = self.sigmas[index]
+        self.slopes = [(sample - euler.pred_original_sample) / here, *self.slopes][:_LMS_ORDER]
+        sigmas = self.sigmas[max(0, index - len(self.slopes) + 1) : index + 2].double().cpu().numpy()
+        weights = _multistep_weights(sigmas[:-1][::-1], start=sigmas[-2], end=sigmas[-1])
+        euler.prev_sample = sample + sum(w * slope for w, slope in zip(weights, self.slopes, strict=True))
+        return euler
+
+
+def _multistep_weights(nodes: np.ndarray, *, start: float, end: float) -> list[float]:
+    """Integrals from start to end of the Lagrange polynomials on the nodes."""
+    weights = []
+    for node in nodes:
+        others = nodes[nodes != node]
+        integral = np.polynomial.Polynomial(np.atleast_1d(np.poly(others))[::-1]).integ()
+        weights.append(float((integral(end) - integral(start)) / np.prod(node - others)))
+    return weights
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    scheduler: type
+    settings: tuple[tuple[str, Any], ...] = ()
+    min_steps: int = 1
+
+
+_DDIM = _Sampler(diffusers.DDIMScheduler, (("clip_sample", False), ("steps_offset", 1)))
+_MULTISTEP = diffusers.DPMSolverMultistepScheduler
+_SAMPLERS = {
+    "ddim": _DDIM,
+    "pndm": _Sampler(diffusers.PNDMScheduler, (("steps_offset", 1),), min_steps=4),  # it starts with Runge-Kutta
+    "lms": _Sampler(LmsScheduler),
+    "euler": _Sampler(diffusers.EulerDiscreteScheduler),
+    "euler_a": _Sampler(diffusers.EulerAncestralDiscreteScheduler),
+    "heun": _Sampler(diffusers.HeunDiscreteScheduler),
+    "dpm_2": _Sampler(diffusers.KDPM2DiscreteScheduler),
+    "dpm_2_a": _Sampler(diffusers.KDPM2AncestralDiscreteScheduler),
+    # The first-generation solver is not defined at sigma 0, so it ends at the smallest trained sigma.
+    "dpmsolver": _Sampler(_MULTISTEP, (("algorithm_type", "dpmsolver"), ("final_sigmas_type", "sigma_min"))),
+    "dpmsolver++": _Sampler(_MULTISTEP, (("algorithm_type", "dpmsolver++"),)),
+    "dpmsingle": _Sampler(diffusers.DPMSolverSinglestepScheduler, (("lower_order_final", True),)),
+}
+_SAMPLERS |= {f"k_{name}": _SAMPLERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+NAMES = tuple(_SAMPLERS)
+
+
+def make_scheduler(name: str, *, prediction_type: str, steps: int) -> Any:
+    """A diffusers scheduler with its timesteps set: steps 1 to 1000, prediction_type "epsilon" or "v_prediction".
+
+    Raises UserError for a name that is not a sampler, and for fewer steps than the sampler can do.
+    """
+    if name not in _SAMPLERS:
+        raise UserError(f'"{name}" is not a sampler', "sampler", "choose one of " + ", ".join(NAMES))
+    chosen = _SAMPLERS[name]
+    if steps < chosen.min_steps:
+        raise UserError(f"{name} cannot do {steps} steps", "steps", f"take {chosen.min_steps} or more")
+    settings = dict(chosen.settings)
+    if steps in (1, _STEPS) and name != "dpmsingle":
+        # Even spacing puts a single step at the noise-free end, and a thousandth step on top of another.
+        settings |= {"timestep_spacing": "trailing"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers prefers dpmsolver++ to dpmsolver
+        scheduler = chosen.scheduler(**_BETAS, **settings, prediction_type=prediction_type)
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def start_noise(generators: list[torch.Generator], shape_Chw: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise (B, C, h, w), float32 on the CPU, row i from generator i."""
+    return torch.stack([torch.randn(shape_Chw, generator=generator) for generator in generators])
+
+
+def step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """The keyword arguments that make a scheduler draw each picture's noise from that picture's generator."""
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}

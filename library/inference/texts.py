@@ -1,0 +1,78 @@
+"""Encoded prompts: what a request's two branches say, kept on the CPU until it is drawn."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from library.diffusion.conditioning import TextCond
+from library.inference.prompt_line import GenRequest
+from library.models.bundle import ModelBundle
+from library.models.families import sdxl
+from library.models.tokenizers import CHUNK
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How prompts become text conditions.
+
+    "generate": as sd-scripts' generators do, 77 positions for each chunk of 75 tokens, as many chunks as a prompt or
+    its negative needs, at most max_chunks; BREAK; weights keep the mean. "train": as training does, always
+    max_chunks chunks in 75 n + 2 positions; weights without correction.
+    """
+
+    kind: Literal["generate", "train"] = "generate"
+    max_chunks: int = 1
+
+
+_Key = tuple[str, str | None, tuple[float, ...] | None]
+
+
+@dataclass
+class Conditioning:
+    """Text conditions of requests, one row each; equal ones are stored once."""
+
+    form: TextForm
+    rows: dict[_Key, TextCond] = field(default_factory=dict)
+
+    def text(self, request: GenRequest, *, negative: bool = False) -> TextCond:
+        """The row (1, T, D) and (1, P) of a request's prompt or negative prompt."""
+        return self.rows[self._key(request, negative)]
+
+    def num_positions(self, request: GenRequest) -> int:
+        """T of a request's rows: only equal ones go into one batch."""
+        return self.text(request).hidden_BTD.shape[1]
+
+    def add(self, bundle: ModelBundle, request: GenRequest) -> None:
+        """Encode what is not there yet, with the model as it is now."""
+        branches = (False, True) if request.scale > 1 else (False,)
+        keys = {self._key(request, negative): _words(request, negative) for negative in branches}
+        if self._pairs:
+            if not keys.keys() <= self.rows.keys():
+                both = self._encode(bundle, list(keys.values()))
+                self.rows |= {key: both[row : row + 1] for row, key in enumerate(keys)}
+            return
+        for key, words in keys.items():
+            if key not in self.rows:
+                self.rows[key] = self._encode(bundle, [words])
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether a prompt's number of chunks depends on its negative and the other way round."""
+        return self.form.kind == "generate" and self.form.max_chunks > 1
+
+    def _key(self, request: GenRequest, negative: bool) -> _Key:
+        other = _words(request, not negative) if self._pairs and request.scale > 1 else None
+        return _words(request, negative), other, request.network_muls
+
+    def _encode(self, bundle: ModelBundle, words: list[str]) -> TextCond:
+        encoders = (bundle.text_encoder_1, bundle.text_encoder_2)
+        if self.form.kind == "generate":
+            text = sdxl.encode_text_gen(*encoders, bundle.tokenizer, words, max_chunks=self.form.max_chunks)
+        else:
+            length = CHUNK * self.form.max_chunks
+            tokens = sdxl.tokenize(bundle.tokenizer, words, max_token_length=length, weighted=True)
+            text = sdxl.encode_text(*encoders, tokens)
+        return text.to("cpu")
+
+
+def _words(request: GenRequest, negative: bool) -> str:
+    return request.negative if negative else request.prompt
