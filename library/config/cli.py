@@ -104,8 +104,8 @@ def _finish(run: Run, given: dict[str, Given], *, problems: list[Problem], messa
     found = [*problems, *(problem for each in wrong.values() for problem in each)]
     found += check_rules(cfg, wrong=wrong)
     found += check_files.check_files(cfg, wrong=wrong)
-    if "data" in cfg.groups and not wrong.keys() & set(run.groups["data"].options()):
-        _, data_problems, data_notices = read_datasets(cfg)
+    if "data" in cfg.groups:
+        _, data_problems, data_notices = read_datasets(cfg, wrong=wrong)
         found += data_problems
         messages = [*messages, *data_notices]
     if found:

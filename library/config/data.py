@@ -23,11 +23,15 @@ class DataOptions(Group):
         None, "folder of folders named like 10_cat: 10 repeats, class words `cat`", path=True
     )
     resolution: SizeValue | None = option(None, "training resolution: one number, or width,height")
-    enable_bucket: bool = option(False, "sort images into buckets by aspect ratio instead of cropping to one shape")
-    min_bucket_reso: int = option(256, "smallest bucket side in pixels", ge=1)
-    max_bucket_reso: int = option(1024, "largest bucket side in pixels", ge=1)
-    bucket_reso_steps: int = option(64, "bucket sides are multiples of this; itself a multiple of 32", ge=1)
-    bucket_no_upscale: bool = option(False, "make buckets from the image sizes and never enlarge an image")
+    enable_bucket: bool = option(
+        False, "sort images into buckets by aspect ratio instead of cropping to one shape", acts=IMAGES
+    )
+    min_bucket_reso: int = option(256, "smallest bucket side in pixels", ge=1, acts=IMAGES)
+    max_bucket_reso: int = option(1024, "largest bucket side in pixels", ge=1, acts=IMAGES)
+    bucket_reso_steps: int = option(
+        64, "bucket sides are multiples of this; itself a multiple of 32", ge=1, acts=IMAGES
+    )
+    bucket_no_upscale: bool = option(False, "make buckets from the image sizes and never enlarge an image", acts=IMAGES)
     caption_extension: str = option(
         ".caption", "extension of caption files (the dot may be left out)", aliases=["caption_extention"]
     )
@@ -68,7 +72,7 @@ class DataOptions(Group):
         False, "use sd-scripts' crop numbers (margins of a contain fit) instead of the real crop", acts=IMAGES
     )
     max_data_loader_n_workers: int = option(
-        8, "processes that load images (never more than there are CPU cores; 0: none)", ge=0
+        8, "processes that load images (never more than there are CPU cores; 0: none)", ge=0, acts=TRAINER
     )
     persistent_data_loader_workers: bool = option(
         False, "keep the loading processes alive between epochs", acts=TRAINER

@@ -6,6 +6,7 @@ there counts.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ def dataset_specs(cfg: RunConfig) -> list[DatasetSpec]:
     return specs
 
 
-def read_datasets(cfg: RunConfig) -> tuple[list[DatasetSpec], list[Problem], list[str]]:
-    """The datasets that can be read, the problems of the others, and notices about what was adjusted."""
-    reader = _Reader(cfg)
+def read_datasets(cfg: RunConfig, *, wrong: Collection[str] = ()) -> tuple[list[DatasetSpec], list[Problem], list[str]]:
+    """The datasets that can be read, the problems of the others, and notices about what was adjusted.
+
+    `wrong` names options whose values are reported already: rules that need them are left out.
+    """
+    reader = _Reader(cfg, are_rules_checked=not set(wrong) & {*DATASET_KEYS.values(), *SUBSET_KEYS.values()})
     try:
         if cfg.data.dataset_config:
             reader.read_file(cfg.data.dataset_config)
@@ -44,6 +48,7 @@ class _Reader:
     """Collects datasets, problems and notices on the way through a file or a folder."""
 
     cfg: RunConfig
+    are_rules_checked: bool = True
     specs: list[DatasetSpec] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -124,6 +129,8 @@ class _Reader:
     def _add(self, places: list[Place], subsets: list[SubsetSpec], *, where: str) -> None:
         """Add a dataset after its rules have been checked."""
         values = {key: self._look_up(places, key, option) for key, option in DATASET_KEYS.items()}
+        if not self.are_rules_checked:
+            return
         if values["resolution"] is None:
             fix = "set resolution, for example resolution = 1024"
             problem = Problem("the dataset has no resolution", where, fix)

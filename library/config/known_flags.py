@@ -39,6 +39,9 @@ _ZERO_IS_OFF = frozenset(
     }
 )  # fmt: skip
 
+# These say what to do with a configuration and are therefore no part of one.
+COMMAND_LINE_ONLY = frozenset({"config_file", "output_config", "print_config"})
+
 # Accepted with a notice: name -> (runs, why there is nothing to do).
 NO_EFFECT: dict[str, tuple[frozenset[str], str]] = {
     "tokenizer_cache_dir": (EVERY_RUN, "both tokenizers are part of this suite"),
@@ -85,6 +88,11 @@ def foreign_flag(name: str, value: Any, *, run: str, where: str) -> Problem | No
     known = known_flags().get(name)
     if known and _asks_for_nothing(name, known, value):
         return None
+    if name in COMMAND_LINE_ONLY:
+        return Problem(f"{name} only acts on the command line", where, f"remove {name}")
+    if name in ("datasets", "subsets"):
+        fix = "put the datasets into a file of their own and name it in dataset_config"
+        return Problem(f"{name} cannot stand in this file", where, fix)
     owners = [other.script for other in RUNS.values() if name in other.options()]
     near = nearest(name, RUNS[run].options())
     suggestion = f"did you mean {near}?" if near else ""

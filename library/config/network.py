@@ -17,7 +17,7 @@ class NetworkOptions(Group):
 
     network_module: str | None = option(None, "kind of network: networks.lora, or the module path of your own")
     network_dim: int | None = option(None, "rank of the network (unset: 4)", ge=1)
-    network_alpha: float = option(1.0, "the network acts with strength alpha / dim", gt=0)
+    network_alpha: float = option(1.0, "the network acts with strength alpha / dim (0: as dim)", ge=0)
     network_dropout: float | None = option(None, "dropout on the low-rank activations", ge=0, lt=1)
     network_args: tuple[str, ...] = option(
         (), "key=value arguments of the network module, such as conv_dim=4 conv_alpha=1"

@@ -21,6 +21,8 @@ def notices(cfg: RunConfig) -> list[str]:
 def _data(cfg: RunConfig) -> Iterator[str]:
     if cfg.data.dataset_config and cfg.data.train_data_dir:
         yield "train_data_dir is ignored: the data is named by dataset_config"
+    if cfg.data.train_data_dir and not cfg.data.dataset_config and cfg.is_given("dataset_repeats"):
+        yield "dataset_repeats has no effect: the folder names in train_data_dir say the repeats"
 
 
 def _model(cfg: RunConfig) -> Iterator[str]:
