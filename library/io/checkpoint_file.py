@@ -55,16 +55,20 @@ def read_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> Tenso
 
 def _read_pickle(path: Path, *, mmap: bool) -> StateDict:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if mmap and path.suffix != ".safetensors":  # given a path, torch.load believes that ending
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             "the checkpoint holds more than tensors; it is not opened because doing so could run code",
             where=str(path),
             fix="convert it to safetensors with the program it came from",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler answers damaged files with whatever it runs into
         raise UserError(
-            f"the checkpoint cannot be read ({str(error).splitlines()[0]})",
+            f"the checkpoint cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})",
             where=str(path),
             fix="download or copy the file again",
         ) from error

@@ -154,3 +154,6 @@ class MappedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor to find out
+        return name in self._steps

@@ -49,7 +49,7 @@ class LatentEntry:
 
 
 def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Path:
-    """Return where an image's latents lie: `<stem>_WWWWxHHHH_sdxl.npz`, or `<stem>.npz` if there is one (as old as SD 1)."""
+    """Return where an image's latents lie: `<stem>_WWWWxHHHH_sdxl.npz`, or the older `<stem>.npz` if there is one."""
     stem = os.path.splitext(os.fspath(image_path))[0]
     legacy = Path(stem + ".npz")
     return legacy if legacy.exists() else Path(f"{stem}_{original.w:04d}x{original.h:04d}_sdxl.npz")
@@ -118,16 +118,15 @@ def inspect(
     if not os.path.exists(path):
         return CacheCheck("missing")
     try:
-        shapes, checksums = npz_file.read_shapes(path)
-        small = npz_file.read_arrays(path, ("fingerprint", _CHECKSUMS))
-    except npz_file.BROKEN as error:
-        return CacheCheck("broken", (str(error) or type(error).__name__,))
-    reasons = _misfits(shapes, need_flipped=need_flipped, latent_hw=latent_hw)
+        found = npz_file.peek(path, ("fingerprint", _CHECKSUMS))
+    except npz_file.BrokenArchive as error:
+        return CacheCheck("broken", (str(error),))
+    reasons = _misfits(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw)
     if reasons:
         return CacheCheck("stale", reasons)
-    if not _is_ours(small, shapes, checksums):
+    if not _is_ours(found):
         return CacheCheck("foreign")
-    reasons = fp.changes(str(small["fingerprint"]), expected, image_path=image_path)
+    reasons = fp.changes(str(found.arrays["fingerprint"]), expected, image_path=image_path)
     return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
 
 
@@ -142,21 +141,21 @@ def _misfits(shapes: dict[str, tuple[int, ...]], *, need_flipped: bool, latent_h
     return tuple(dict.fromkeys(reasons))
 
 
-def _is_ours(small: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], checksums: dict[str, int]) -> bool:
+def _is_ours(found: npz_file.Contents) -> bool:
     """Tell whether the fingerprint speaks of the latents in the file.
 
     sd-scripts keeps our keys when it rewrites latents in place, so the checksums taken at writing must still hold.
     """
-    if "fingerprint" not in small or _CHECKSUMS not in small:
+    if not {"fingerprint", _CHECKSUMS} <= found.arrays.keys():
         return False
-    keys = ["latents"] + (["latents_flipped"] if "latents_flipped" in shapes else [])
-    return [checksums[key] for key in keys] == small[_CHECKSUMS].tolist()[: len(keys)]
+    keys = ["latents"] + (["latents_flipped"] if "latents_flipped" in found.shapes else [])
+    return [found.checksums[key] for key in keys] == found.arrays[_CHECKSUMS].tolist()[: len(keys)]
 
 
 def _alpha_shape(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
     try:
-        return npz_file.read_shapes(path)[0].get("alpha_mask")
-    except npz_file.BROKEN:
+        return npz_file.peek(path).shapes.get("alpha_mask")
+    except npz_file.BrokenArchive:
         return None
 
 

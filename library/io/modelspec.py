@@ -57,8 +57,8 @@ def modelspec_metadata(
 ) -> dict[str, str]:
     """Return the `modelspec.*` entries of an SDXL file.
 
-    `created` is local time; without a title the kind and the time make one. `resolution` is SDXL's own unless given. `timestep_range` is written when either
-    end is given. `fields` are FREE_FIELDS; None and unset ones are left out.
+    `created` is local time; without a title the kind and the time make one. `resolution` is SDXL's own unless given.
+    `timestep_range` is written when either end is given. `fields` are FREE_FIELDS; None and unset ones are left out.
     """
     low, high = timestep_range
     entries: dict[str, str | None] = {

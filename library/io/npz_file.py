@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -14,37 +16,58 @@ from library.errors import UserError
 from library.io.atomic import atomic_path
 
 _ENDING = ".npy"
-BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, SyntaxError, RuntimeError)
-"""What reading a damaged archive can raise."""
+
+
+class BrokenArchive(Exception):
+    """The file is damaged or no archive at all; the text says what reading it ran into."""
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # zip and header parsing answer damaged files with whatever they run into
+        raise BrokenArchive(str(error) or type(error).__name__) from error
 
 
 def read_arrays(path: str | os.PathLike[str], keys: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """Read the arrays named in `keys` that the archive has (all of them with None); nothing is unpickled.
 
-    Raises one of BROKEN for a damaged archive; the checksum of every array read is verified.
+    The checksum of every array read is verified. Raises BrokenArchive.
     """
-    with np.load(path, allow_pickle=False) as archive:
+    with _readable(), np.load(path, allow_pickle=False) as archive:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("not an npz archive")
         return {key: archive[key] for key in archive.files if keys is None or key in keys}
 
 
-def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Return (shape, CRC-32 of the stored bytes) of every array, reading the archive's directory and array headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    checksums: dict[str, int] = {}
-    with zipfile.ZipFile(path) as archive:
+class Contents(NamedTuple):
+    """What is in an archive: shape and CRC-32 of the stored bytes of every array, and the small arrays asked for."""
+
+    shapes: dict[str, tuple[int, ...]]
+    checksums: dict[str, int]
+    arrays: dict[str, np.ndarray]
+
+
+def peek(path: str | os.PathLike[str], keys: Collection[str] = ()) -> Contents:
+    """Look into an archive, reading its directory, the arrays' headers and the arrays in `keys`.
+
+    Raises BrokenArchive.
+    """
+    contents = Contents({}, {}, {})
+    with _readable(), zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if not member.filename.endswith(_ENDING):
                 continue
             key = member.filename.removesuffix(_ENDING)
-            checksums[key] = member.CRC
+            contents.checksums[key] = member.CRC
             with archive.open(member) as file:
-                read_array_header = (
-                    npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
-                )
-                shapes[key] = read_array_header(file)[0]
-    return shapes, checksums
+                if key in keys:
+                    contents.arrays[key] = npy.read_array(file, allow_pickle=False)
+                    contents.shapes[key] = contents.arrays[key].shape
+                else:
+                    contents.shapes[key] = _header_shape(file)
+    return contents
 
 
 def write_arrays(
@@ -76,7 +99,7 @@ def read_entry(
     """Read `keys` of a cache file for use; raises UserError naming it when it is damaged or lacks a required key."""
     try:
         arrays = read_arrays(path, keys)
-    except BROKEN as error:
+    except BrokenArchive as error:
         raise UserError(
             f"the cache file cannot be read ({error})", str(path), "delete it; it will be built again"
         ) from error
@@ -84,6 +107,11 @@ def read_entry(
     if missing:
         raise UserError(f"the cache file lacks {', '.join(missing)}", str(path), "delete it; it will be built again")
     return arrays
+
+
+def _header_shape(file: IO[bytes]) -> tuple[int, ...]:
+    read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    return read_header(file)[0]
 
 
 def _add(archive: zipfile.ZipFile, key: str, array: np.ndarray) -> None:
@@ -95,7 +123,6 @@ def _others(path: Path, taken: Collection[str | None]) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files if key not in taken}
-    except BROKEN:
+        return {key: array for key, array in read_arrays(path).items() if key not in taken}
+    except BrokenArchive:
         return {}

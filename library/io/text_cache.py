@@ -68,14 +68,13 @@ def inspect(path: str | os.PathLike[str], expected: str, *, num_tokens: int | No
     if not os.path.exists(path):
         return CacheCheck("missing")
     try:
-        shapes, checksums = npz_file.read_shapes(path)
-        small = npz_file.read_arrays(path, ("fingerprint", _CHECKSUMS))
-    except npz_file.BROKEN as error:
-        return CacheCheck("broken", (str(error) or type(error).__name__,))
+        shapes, checksums, small = npz_file.peek(path, ("fingerprint", _CHECKSUMS))
+    except npz_file.BrokenArchive as error:
+        return CacheCheck("broken", (str(error),))
     missing = tuple(f"no {key}" for key in _DATA_KEYS if key not in shapes)
     if missing:
         return CacheCheck("stale", missing)
-    if num_tokens is not None and {shapes[key][0] for key in _DATA_KEYS[:2]} != {num_tokens}:
+    if num_tokens is not None and {shapes[key][:1] for key in _DATA_KEYS[:2]} != {(num_tokens,)}:
         return CacheCheck("stale", ("max token length changed",))
     ours = "fingerprint" in small and _CHECKSUMS in small
     if not ours or [checksums[key] for key in _DATA_KEYS] != small[_CHECKSUMS].tolist()[:3]:

@@ -28,7 +28,9 @@ def test_a_perfect_prediction_gives_back_the_clean_latent(prediction_type, seed:
 
 def test_epsilon_target_is_the_noise_itself() -> None:
     noise = torch.randn(2, 4, 2, 2)
-    target = training_target("epsilon", schedule=SCHEDULE, x0=torch.ones_like(noise), noise=noise, t=torch.tensor([1, 2]))
+    target = training_target(
+        "epsilon", schedule=SCHEDULE, x0=torch.ones_like(noise), noise=noise, t=torch.tensor([1, 2])
+    )
     assert target is noise
 
 
