@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from library.errors import UserError
@@ -47,6 +48,35 @@ class LmsScheduler(diffusers.EulerDiscreteScheduler):
         return euler
 
 
+class PndmScheduler(diffusers.PNDMScheduler):
+    """Pseudo linear multistep with a Runge-Kutta start (Liu et al. 2022), for either prediction type.
+
+    diffusers' own turns a velocity into noise at the wrong point while it starts, so that is done here, before it.
+    """
+
+    takes_velocity = False
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **ignored: Any) -> Any:
+        """One of the Runge-Kutta or multistep stages, from the model's output at `timestep`."""
+        if self.takes_velocity:
+            alpha = self.alphas_cumprod[int(timestep)]
+            model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
+        return super().step(model_output, timestep, sample)
+
+
+class Dpm2AncestralScheduler(diffusers.KDPM2AncestralDiscreteScheduler):
+    """DPM-Solver-2 with ancestral noise (Karras et al. 2022, algorithm 2, with eta 1), drawing as sd-scripts does.
+
+    Its generators give noise in both stages of a step and the first is dropped; so a seed's noise is the same here.
+    """
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None) -> Any:
+        """One of the two stages of a step."""
+        if self.state_in_first_order:
+            randn_tensor(model_output.shape, generator=generator, dtype=model_output.dtype)
+        return super().step(model_output, timestep, sample, generator=generator)
+
+
 def _multistep_weights(nodes: np.ndarray, *, start: float, end: float) -> list[float]:
     """Integrals from start to end of the Lagrange polynomials on the nodes."""
     weights = []
@@ -68,13 +98,13 @@ _DDIM = _Sampler(diffusers.DDIMScheduler, (("clip_sample", False), ("steps_offse
 _MULTISTEP = diffusers.DPMSolverMultistepScheduler
 _SAMPLERS = {
     "ddim": _DDIM,
-    "pndm": _Sampler(diffusers.PNDMScheduler, (("steps_offset", 1),), min_steps=4),  # it starts with Runge-Kutta
+    "pndm": _Sampler(PndmScheduler, (("steps_offset", 1),), min_steps=4),  # it starts with Runge-Kutta
     "lms": _Sampler(LmsScheduler),
     "euler": _Sampler(diffusers.EulerDiscreteScheduler),
     "euler_a": _Sampler(diffusers.EulerAncestralDiscreteScheduler),
     "heun": _Sampler(diffusers.HeunDiscreteScheduler),
     "dpm_2": _Sampler(diffusers.KDPM2DiscreteScheduler),
-    "dpm_2_a": _Sampler(diffusers.KDPM2AncestralDiscreteScheduler),
+    "dpm_2_a": _Sampler(Dpm2AncestralScheduler),
     # The first-generation solver is not defined at sigma 0, so it ends at the smallest trained sigma.
     "dpmsolver": _Sampler(_MULTISTEP, (("algorithm_type", "dpmsolver"), ("final_sigmas_type", "sigma_min"))),
     "dpmsolver++": _Sampler(_MULTISTEP, (("algorithm_type", "dpmsolver++"),)),
@@ -100,7 +130,11 @@ def make_scheduler(name: str, *, prediction_type: str, steps: int) -> Any:
         settings |= {"timestep_spacing": "trailing"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers prefers dpmsolver++ to dpmsolver
-        scheduler = chosen.scheduler(**_BETAS, **settings, prediction_type=prediction_type)
+        if chosen.scheduler is PndmScheduler:
+            scheduler = PndmScheduler(**_BETAS, **settings, prediction_type="epsilon")
+            scheduler.takes_velocity = prediction_type == "v_prediction"
+        else:
+            scheduler = chosen.scheduler(**_BETAS, **settings, prediction_type=prediction_type)
         scheduler.set_timesteps(steps)
     return scheduler
 
