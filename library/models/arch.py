@@ -193,8 +193,9 @@ def vae_from_tensors(shapes: Shapes) -> VaeArch | None:
 def _unet(shapes: Shapes) -> UnetArch | None:
     if not shapes:
         return None
-    num_places = _count(shapes, r"output_blocks\.(\d+)\.")
-    firsts = [1 + 3 * level for level in range(num_places // 3)]  # the first resnet of each level
+    # Three places per level on either side; the larger count, so that a file that was cut short keeps its levels.
+    places = max(_count(shapes, r"input_blocks\.(\d+)\."), _count(shapes, r"output_blocks\.(\d+)\."))
+    firsts = [1 + 3 * level for level in range(-(-places // 3))]  # the first resnet of each level
     depths = tuple(_count(shapes, rf"input_blocks\.{first}\.1\.transformer_blocks\.(\d+)\.") for first in firsts)
     widths = [shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")]
     return UnetArch(

@@ -9,6 +9,7 @@ from library.models.arch import Part
 from library.models.diffusers_folder import FOLDERS, weight_names
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_INDEX_FILES = ("model_index.json", "scheduler/scheduler_config.json")
 _OFFLINE_FIX = "check the connection, or give the path of a model on this computer"
 
 
@@ -34,7 +35,7 @@ def download_vae(repo: str, *, half: bool) -> Path:
 def model_files(files: Iterable[str], parts: Iterable[Part], *, half: bool, repo: str) -> list[str]:
     """Paths inside a repository that `parts` need; UserError when a part has no weights there."""
     files = list(files)
-    wanted = [name for name in ("model_index.json", "scheduler/scheduler_config.json") if name in files]
+    wanted: list[str] = [name for name in _INDEX_FILES if name in files]
     if "model_index.json" not in files:
         raise UserError(
             "this hub repository is not a diffusers model", where=repo, fix="download the single file and give its path"

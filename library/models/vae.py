@@ -4,6 +4,7 @@ Shape letters: B batch, H W pixels, h w latent cells (H/8, W/8). Latents are uns
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def encode_image(vae: Any, pixels_B3HW: Tensor, posterior_noise_B4hw: Tensor | N
     if broken and vae.dtype != torch.float32:
         log.warning(f"the VAE overflowed in {vae.dtype} for {len(broken)} pictures; encoding them in float32")
         moments = moments.float()
-        moments[broken] = _in_float32(vae, pixels_B3HW[broken])
+        with _in_float32(vae):
+            moments[broken] = _moments(vae, pixels_B3HW[broken])
     mean, log_variance = moments.chunk(2, dim=1)
     if posterior_noise_B4hw is None:
         return mean
@@ -44,11 +46,8 @@ def decode_latents(vae: Any, latents_B4hw: Tensor) -> Tensor:
     if broken and vae.dtype != torch.float32:
         log.warning(f"the VAE overflowed in {vae.dtype} for {len(broken)} pictures; decoding them in float32")
         pixels = pixels.float()
-        dtype = vae.dtype
-        try:
-            pixels[broken] = _pixels(vae.to(torch.float32), latents_B4hw[broken])
-        finally:
-            vae.to(dtype)
+        with _in_float32(vae):
+            pixels[broken] = _pixels(vae, latents_B4hw[broken])
     return pixels
 
 
@@ -86,13 +85,20 @@ def _pixels(vae: Any, latents_B4hw: Tensor) -> Tensor:
     return torch.cat([_by_tiles(vae, decode, rows, unit=1) for rows in _slices(vae, latents_B4hw)])
 
 
-def _in_float32(vae: Any, pixels_B3HW: Tensor) -> Tensor:
-    """Moments from a float32 copy of the work; the VAE goes back to its dtype, which is exact."""
+@contextmanager
+def _in_float32(vae: Any) -> Iterator[None]:
+    """Widen the VAE for a while; going back to its dtype is exact.
+
+    Leaves inference mode for the casts: parameters made inside it could never be used for training again.
+    """
     dtype = vae.dtype
+    with torch.inference_mode(False):
+        vae.to(torch.float32)
     try:
-        return _moments(vae.to(torch.float32), pixels_B3HW)
+        yield
     finally:
-        vae.to(dtype)
+        with torch.inference_mode(False):
+            vae.to(dtype)
 
 
 def _slices(vae: Any, batch: Tensor) -> Iterator[Tensor]:
