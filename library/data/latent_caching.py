@@ -186,7 +186,8 @@ def _build(
     if not mine:
         return built
     encoder = encode()
-    with progress_bar(sum(map(len, mine)), title="caching latents") as bar:
+    title = "caching latents" if world == 1 else f"caching latents, process {rank + 1} of {world}"
+    with progress_bar(sum(map(len, mine)), title=title) as bar:
         for chunk, decoded in _decoded(targets, mine):
             good = []
             for index, pixels in zip(chunk, decoded, strict=True):

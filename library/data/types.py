@@ -119,9 +119,8 @@ class Batch:
             if isinstance(value, Tensor):
                 changed[slot.name] = change(value)
             elif isinstance(value, Tokens | TextCond):
-                parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-                filled = {name: None if part is None else change(part) for name, part in parts.items()}
-                changed[slot.name] = dataclasses.replace(value, **filled)
+                parts = [getattr(value, part.name) for part in dataclasses.fields(value)]
+                changed[slot.name] = type(value)(*[None if part is None else change(part) for part in parts])
         return dataclasses.replace(self, **changed)
 
 

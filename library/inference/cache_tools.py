@@ -54,6 +54,8 @@ def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
 
 
 def _data(cfg: RunConfig) -> TrainData:
+    for notice in cfg.notices:
+        log.info(notice)
     data = build_train_data(dataset_specs(cfg), seed=cfg.loop.seed or 0)
     log.info(data.summary().text())
     return data

@@ -36,8 +36,8 @@ def cache_latents_pass(
     """
 
     def make_encoder() -> LatentEncoder:
-        vae = bundle.vae.to(device=device, dtype=dtype)
-        return latent_encoder(vae, device=device)
+        _place(bundle.vae, device=device, dtype=dtype)
+        return latent_encoder(bundle.vae, device=device)
 
     options = LatentCacheOptions(
         vae_id=bundle.vae_id(),
@@ -65,8 +65,8 @@ def cache_text_pass(
     The encoders run in `dtype` (their own when None) on `device`, where they stay. To disk with
     --cache_text_encoder_outputs_to_disk, else to memory. Returns the store to attach and what was done.
     """
-    bundle.text_encoder_1.to(device=device, dtype=dtype)
-    bundle.text_encoder_2.to(device=device, dtype=dtype)
+    _place(bundle.text_encoder_1, device=device, dtype=dtype)
+    _place(bundle.text_encoder_2, device=device, dtype=dtype)
     options = TextCacheOptions(
         text_encoder_id=bundle.text_encoder_id(),
         width_1=bundle.text_widths[0],
@@ -79,6 +79,14 @@ def cache_text_pass(
     return build_text(
         data.images, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world
     )
+
+
+def _place(module: nn.Module, *, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    # diffusers prints a remark whenever a dtype is named, even the same one.
+    if dtype is None:
+        module.to(device)
+    else:
+        module.to(device, dtype)
 
 
 def latent_encoder(vae: nn.Module, *, device: torch.device | str) -> LatentEncoder:
