@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from library.config.implied import apply_implied
 from library.config.known_flags import foreign_flag, nearest, notice_without_effect
 from library.config.run_config import RunConfig
 from library.config.runs import RUNS, Run
-from library.config.toml_file import TomlFile, read_toml
+from library.config.toml_file import read_toml
 from library.config.validate import check_rules
 from library.config.values import Given, build_config
 from library.errors import Problem, UserError
@@ -37,7 +37,7 @@ def parse(run: str, argv: Sequence[str] | None = None) -> RunConfig:
             file = read_toml(config_path(line.config_file), what="config_file")
         except UserError as error:  # without the file, whatever else is missing says nothing
             raise UserError.from_problems([*problems, *error.problems]) from error
-        given, found, told = _from_file(entry, file)
+        given, found, told = _sort(entry, file.flat())
         problems += found
         messages += told
     given |= {name: Given(value, COMMAND_LINE) for name, value in line.values.items()}
@@ -54,14 +54,9 @@ def parse(run: str, argv: Sequence[str] | None = None) -> RunConfig:
 def make_config(run: str, **flat: Any) -> RunConfig:
     """The configuration of entry point `run` from values by option name, validated like a command line."""
     entry = RUNS[run]
-    options = entry.options()
-    problems: list[Problem] = []
-    for name, value in flat.items():
-        if name not in options:
-            problem = foreign_flag(name, value, run=run, where="argument")
-            problems += [problem] if problem else []
-    given = {name: Given(value, "argument") for name, value in flat.items() if name in options and value is not None}
-    return _finish(entry, given, problems=problems, messages=[])
+    items = ((name, value, "argument") for name, value in flat.items() if value is not None)
+    given, problems, messages = _sort(entry, items)
+    return _finish(entry, given, problems=problems, messages=messages)
 
 
 def config_path(name: str) -> Path:
@@ -76,14 +71,17 @@ def config_path(name: str) -> Path:
     return path
 
 
-def _from_file(run: Run, file: TomlFile) -> tuple[dict[str, Given], list[Problem], list[str]]:
-    """Values by option name, problems with keys, and notices; of a key in several sections the last one counts."""
+def _sort(run: Run, items: Iterable[tuple[str, Any, str]]) -> tuple[dict[str, Given], list[Problem], list[str]]:
+    """Values by option name, problems with names, and notices, from (name, value, place).
+
+    Of a name that is given several times, in several sections of a file, the last value counts.
+    """
     options = run.options()
     aliases = {alias: name for name, option in options.items() for alias in option.aliases}
     given: dict[str, Given] = {}
     problems: list[Problem] = []
     messages: list[str] = []
-    for key, value, where in file.flat():
+    for key, value, where in items:
         name = aliases.get(key, key)
         if name in options:
             if name in given and given[name].value != value:

@@ -99,7 +99,6 @@ class _Reader:
                 if not any("image_dir" in problem.what for problem in self.problems if problem.where == where):
                     self.problems.append(Problem(f"{place.title} has no image_dir", where, "name its folder of images"))
                 continue
-            image_dir = str(Path(image_dir).expanduser())
             missing = missing_path(image_dir, name="image_dir", kind="folder", where=place.where("image_dir"))
             if missing:
                 self.problems.append(missing)

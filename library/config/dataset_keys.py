@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from library.config.data import DataOptions
+from library.config.fields import path_text
 from library.config.known_flags import nearest
 from library.config.toml_file import TomlFile, read_text, read_toml
 from library.config.values import describe, shown
@@ -185,7 +186,7 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
         return (None if asks_for_nothing else Problem(f"{key} is not supported yet", where, f"remove {key}")), None
     if key in types:
         if isinstance(value, types[key]):
-            return None, value
+            return _check_path(key, value, where=where) if key == "image_dir" else (None, value)
         kind = "a text in quotes" if types[key] is str else "a table"
         return Problem(f"{key} = {shown(value)} must be {kind}", where), None
     if key in allowed:
@@ -198,6 +199,13 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
     if near is None and key in DataOptions.options():
         fix = "it is an option of the run: put it on the command line or into config_file"
     return Problem(f"{key} is not a key of {place.title}", where, fix), None
+
+
+def _check_path(key: str, value: Any, *, where: str) -> tuple[Problem | None, Any]:
+    try:
+        return None, path_text(value)
+    except ValueError as error:
+        return Problem(f"{key} = {shown(value)} {error}", where), None
 
 
 def check_value(key: str, value: Any, *, option_name: str, where: str) -> tuple[Problem | None, Any]:

@@ -174,10 +174,18 @@ def _normalise_item(option: Option, value: Any) -> Any:
     if option.kind == "share":
         return parse_share(value)
     if option.is_path and isinstance(value, (str, os.PathLike)):
-        return os.path.expanduser(os.fspath(value))
+        return path_text(value)
     if option.choices and isinstance(value, str) and value not in option.choices:
         raise ValueError(_not_a_choice(option, value))
     return value
+
+
+def path_text(value: str | os.PathLike[str]) -> str:
+    """A path with "~" replaced. Raises ValueError for control characters, which "C:\\train" in TOML would bring in."""
+    text = os.fspath(value)
+    if any(ord(character) < 32 for character in text):
+        raise ValueError(r"holds a control character: a backslash needs single quotes, as in 'C:\train', or write /")
+    return os.path.expanduser(text)
 
 
 def _not_a_choice(option: Option, value: str) -> str:

@@ -127,8 +127,22 @@ def _asks_for_nothing(name: str, known: KnownFlag, value: Any) -> bool:
     return value == known.default or (is_zero and name in _ZERO_IS_OFF)
 
 
+# what people write who come from other programs, where letters alone would suggest something else
+_OTHER_WORDS = {
+    "alpha": "network_alpha",
+    "batch_size": "train_batch_size",
+    "dim": "network_dim",
+    "epochs": "max_train_epochs",
+    "lr": "learning_rate",
+    "rank": "network_dim",
+    "steps": "max_train_steps",
+}
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `name` is most likely a misspelling of."""
+    """The candidate that `name` is most likely a misspelling of, or another word for."""
     names = list(candidates)
+    if _OTHER_WORDS.get(name) in names:
+        return _OTHER_WORDS[name]
     found = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.7)
     return found[0] if found else None

@@ -33,7 +33,7 @@ class TomlFile:
     def where(self, *path: str | int) -> str:
         """File and line of a key; of the nearest enclosing one when the key stands in an inline table."""
         for end in range(len(path), 0, -1):
-            found = self.lines.get(path[:end])
+            found = self.lines.get(path[:end]) or self.lines.get((*path[:end], 0))
             if found:
                 return f"{self.name} line {found[-1]}"
         return self.name

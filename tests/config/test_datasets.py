@@ -1,0 +1,289 @@
+"""The dataset file and DreamBooth folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from library.config.cli import make_config
+from library.config.dataset_file import dataset_specs, folder_name
+from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS
+from library.config.toml_file import toml_value
+from library.errors import UserError
+from library.sizes import Size
+
+VALUES = {
+    "batch_size": st.integers(1, 9),
+    "resolution": st.sampled_from([256, [512, 256]]),
+    "enable_bucket": st.booleans(),
+    "min_bucket_reso": st.sampled_from([64, 128]),
+    "max_bucket_reso": st.sampled_from([1024, 2048]),
+    "bucket_reso_steps": st.sampled_from([32, 64]),
+    "bucket_no_upscale": st.booleans(),
+    "num_repeats": st.integers(1, 9),
+    "caption_extension": st.sampled_from([".txt", ".tags"]),
+    "caption_separator": st.sampled_from([",", ";"]),
+    "shuffle_caption": st.booleans(),
+    "keep_tokens": st.integers(0, 5),
+    "keep_tokens_separator": st.sampled_from(["", "|||"]),
+    "caption_prefix": st.sampled_from(["a", "b"]),
+    "caption_suffix": st.sampled_from(["c", "d"]),
+    "caption_dropout_rate": st.sampled_from([0.0, 0.1, 1]),
+    "caption_dropout_every_n_epochs": st.integers(0, 3),
+    "caption_tag_dropout_rate": st.sampled_from([0.0, 0.5]),
+    "flip_aug": st.booleans(),
+    "random_crop": st.booleans(),
+    "resize_interpolation": st.sampled_from(["lanczos", "area"]),
+}
+RULES_OFF = {"pretrained_model_name_or_path": "tiny", "resolution": 512}
+
+
+def _specs(text: str, folder: Path, *, suffix: str = ".toml", run: str = "cache_latents", **changes):
+    path = folder / f"data{suffix}"
+    path.write_text(text, encoding="utf-8")
+    cfg = make_config(run, **{**RULES_OFF, "dataset_config": str(path), **changes})
+    return dataset_specs(cfg), cfg
+
+
+def _problems(text: str, folder: Path, **changes):
+    with pytest.raises(UserError) as caught:
+        _specs(text, folder, **changes)
+    return [
+        (problem.what, problem.where.replace(str(folder), ".").replace("\\", "/"), problem.fix)
+        for problem in caught.value.problems
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place with folders of images a and b; the current directory."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_key_is_covered_here():
+    assert set(VALUES) == {*DATASET_KEYS, *SUBSET_KEYS}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_value_falls_through_subset_dataset_general_option(data, folder):
+    key = data.draw(st.sampled_from(sorted(VALUES)))
+    levels = ["option", "general", "dataset", *(["subset"] if key in SUBSET_KEYS else [])]
+    given_at = {level: data.draw(VALUES[key]) for level in levels if data.draw(st.booleans())}
+    line = {level: f"{key} = {toml_value(value)}" for level, value in given_at.items()}
+    text = (
+        f"[general]\n{line.get('general', '')}\n[[datasets]]\n{line.get('dataset', '')}\n"
+        f"[[datasets.subsets]]\nimage_dir = 'a'\n{line.get('subset', '')}\n"
+    )
+    option = {**DATASET_KEYS, **SUBSET_KEYS}[key]
+    changes = {option: given_at["option"]} if "option" in given_at else {}
+    # the trainer, because the cache tools refuse what their caches cannot hold
+    trainer = {"network_module": "networks.lora", "output_dir": "out"}
+    specs, cfg = _specs(text, folder, run="sdxl_train_network", **trainer, **changes)
+    owner = specs[0] if key in DATASET_KEYS else specs[0].subsets[0]
+    winner = next((given_at[level] for level in reversed(levels) if level in given_at), cfg.get(option))
+    expected = Size(winner, winner) if key == "resolution" and isinstance(winner, int) else winner
+    assert getattr(owner, key) == (tuple(expected) if isinstance(expected, list) else expected)
+
+
+def test_false_in_the_file_beats_true_on_the_command_line(folder):
+    specs, _ = _specs("[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\nflip_aug=false\n", folder, flip_aug=True)
+    assert not specs[0].subsets[0].flip_aug
+
+
+def test_subset_keys_without_option(folder):
+    text = "[general]\nclass_tokens='dog'\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\ncustom_attributes={x=1}\n"
+    subset = _specs(text, folder)[0][0].subsets[0]
+    assert (subset.class_tokens, subset.custom_attributes, subset.is_reg) == ("dog", {"x": 1}, False)
+
+
+def test_json_means_the_same(folder):
+    data = {"general": {"keep_tokens": 2}, "datasets": [{"resolution": [512, 256], "subsets": [{"image_dir": "a"}]}]}
+    toml = "[general]\nkeep_tokens=2\n[[datasets]]\nresolution=[512,256]\n[[datasets.subsets]]\nimage_dir='a'\n"
+    assert _specs(json.dumps(data), folder, suffix=".json")[0] == _specs(toml, folder)[0]
+
+
+def test_every_problem_of_a_dataset_file_is_reported(folder):
+    text = """[general]
+caption_extenson = ".txt"
+shuffle_caption = "yes"
+[[datasets]]
+image_dir = "a"
+resolution = "big"
+[[datasets.subsets]]
+image_dir = "nowhere"
+batch_size = 2
+[[datasets.subsets]]
+num_repeats = 2
+color_aug = true
+seed = 3
+[[datasets]]
+resolution = 512
+"""
+    assert _problems(text, folder) == [
+        ("caption_extenson is not a key of [general]", "./data.toml line 2", "did you mean caption_extension?"),
+        (
+            'shuffle_caption = "yes" must be true or false, without quotes',
+            "./data.toml line 3",
+            "",
+        ),
+        ("batch_size cannot stand in subset 1", "./data.toml line 9", "move it to [[datasets]] or [general]"),
+        ("color_aug is not supported yet", "./data.toml line 12", "remove color_aug"),
+        ("seed is not a key of subset 2", "./data.toml line 13", _known_fix()),
+        ("image_dir cannot stand in dataset 1", "./data.toml line 5", "move it to [[datasets.subsets]]"),
+        ('resolution = "big" is not a resolution; write one number or width and height, such as 1024 or "1024,768"',
+         "./data.toml line 6", ""),
+        ("image_dir nowhere does not exist", "./data.toml line 8", "name an existing folder"),
+        ("subset 2 has no image_dir", "./data.toml line 10", "name its folder of images"),
+    ]  # fmt: skip
+
+
+def _known_fix() -> str:
+    keys = sorted({*SUBSET_KEYS, "class_tokens", "custom_attributes", "image_dir"})
+    return f"known keys: {', '.join(keys)}"
+
+
+@pytest.mark.parametrize("key", LATER_KEYS)
+def test_key_that_is_not_there_yet_passes_only_when_it_asks_for_nothing(folder, key):
+    head = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n"
+    value = LATER_KEYS[key]
+    if value is not None:
+        assert _specs(f"{head}{key} = {toml_value(value)}\n", folder)
+    other = {bool: True, int: 7}.get(type(value), "x")
+    ((what, where, _),) = _problems(f"{head}{key} = {toml_value(other)}\n", folder)
+    assert (what, where) == (f"{key} is not supported yet", "./data.toml line 4")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "the dataset file names no dataset"),
+        ("[[datasets]]\n", "the dataset has no subset with images"),
+        ("[datasets]\nresolution = 512\n", "datasets is not an array of tables"),
+        ("[[datasets]]\n[datasets.subsets]\nimage_dir='a'\n", "subsets is not an array of tables"),
+        ("datasets = [1]\n", "datasets holds 1, which is not a table"),
+        ("general = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n", "general is not a table"),
+        ("resolution = 512\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n", "resolution cannot stand at the top"),
+        ("[[dataset]]\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n", "dataset cannot stand at the top level"),
+        ("[[datasets]]\nresolution = 512\nresolution = 256\n", "datasets.resolution is given twice"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\nclass_tokens=1\n", "class_tokens = 1 must be a text"),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir="C:\\train"\n', "holds a control character"),
+    ],
+)
+def test_wrong_shape_of_a_dataset_file(folder, text, what):
+    found = _problems(text, folder)
+    assert what in found[0][0]
+
+
+def test_wrong_json_files(folder):
+    assert "is given twice" in _problems('{"general": {}, "general": {}}', folder, suffix=".json")[0][0]
+    assert _problems('{\n"general": }', folder, suffix=".json")[0][1] == "./data.json line 2"
+    assert "must hold an object" in _problems("[]", folder, suffix=".json")[0][0]
+    assert "is of no known kind" in _problems("", folder, suffix=".yaml")[0][0]
+
+
+def test_missing_folder_suggests_its_neighbour(folder):
+    (folder / "images").mkdir()
+    found = _problems("[[datasets]]\n[[datasets.subsets]]\nimage_dir='imagse'\n", folder)
+    assert found[0][2] == "did you mean images?"
+
+
+def test_resolution_is_needed_somewhere(folder):
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n"
+    ((what, where, fix),) = _problems(text, folder, resolution=None)
+    assert (what, where) == ("the dataset has no resolution", "./data.toml line 1")
+    assert "resolution = 1024" in fix
+
+
+def test_subsets_that_add_nothing_are_left_out_and_told(folder):
+    text = "[[datasets]]\n" + "".join(
+        f"[[datasets.subsets]]\nimage_dir='{name}'\nnum_repeats={repeats}\n"
+        for name, repeats in (("a", 2), ("a", 3), ("b", 0))
+    )
+    specs, cfg = _specs(text, folder)
+    assert [(subset.image_dir, subset.num_repeats) for subset in specs[0].subsets] == [("a", 2)]
+    assert ["a is named twice" in cfg.notices[0], "b is ignored" in cfg.notices[1]] == [True, True]
+
+
+def test_bucket_limits_become_multiples_of_the_steps(folder):
+    text = (
+        "[[datasets]]\nenable_bucket=true\nmin_bucket_reso=300\nmax_bucket_reso=1000\n"
+        "[[datasets.subsets]]\nimage_dir='a'\n"
+    )
+    specs, cfg = _specs(text, folder)
+    assert (specs[0].min_bucket_reso, specs[0].max_bucket_reso) == (256, 1024)
+    assert [notice.split()[0] for notice in cfg.notices] == ["min_bucket_reso", "max_bucket_reso"]
+    unbucketed, cfg = _specs(text.replace("true", "false"), folder)
+    assert (unbucketed[0].min_bucket_reso, cfg.notices) == (300, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"bucket_reso_steps": 48}, "bucket_reso_steps 48 is not a multiple of 32"),
+        ({"resolution": "1024,128"}, "has a side below min_bucket_reso 256"),
+        ({"resolution": "1280,1024"}, "has a side above max_bucket_reso 1024"),
+        ({"cache_latents": True, "random_crop": True}, "random_crop cannot act in"),
+        ({"cache_text_encoder_outputs": True, "shuffle_caption": True}, "shuffle_caption cannot act in"),
+        ({"cache_text_encoder_outputs": True, "caption_tag_dropout_rate": 0.1}, "caption_tag_dropout_rate cannot act"),
+    ],
+)
+def test_rules_of_a_dataset(problems_of, changes, what):
+    (problem,) = problems_of(enable_bucket=True, network_train_unet_only=True, **changes)
+    assert what in problem.what
+    assert problem.fix
+
+
+def test_rules_see_the_value_of_the_subset(folder):
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\nrandom_crop=true\n[[datasets.subsets]]\nimage_dir='b'\n"
+    assert _problems(text, folder)[0][0].endswith("cannot act in a")
+    alone = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\nrandom_crop=false\n"
+    assert not _specs(alone, folder, random_crop=True)[0][0].subsets[0].random_crop
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("10_cat", (10, "cat")),
+        ("2 _x", (2, "x")),
+        ("5", (5, "")),
+        ("3_a_b c", (3, "a_b c")),
+        ("0_x", (0, "x")),
+        ("-1_x", (-1, "x")),
+        ("cat_10", (None, "")),
+        ("1.5_x", (None, "")),
+        ("", (None, "")),
+    ],
+)
+def test_dreambooth_folder_names(name, expected):
+    assert folder_name(name) == expected
+
+
+def test_folders_become_subsets_in_the_order_of_their_names(folder):
+    for name in ("3_dog", "10_cat", "0_off", "notes"):
+        (folder / "train" / name).mkdir(parents=True)
+    (folder / "train" / "5_file").touch()
+    cfg = make_config("cache_latents", **RULES_OFF, train_data_dir="train", keep_tokens=1)
+    (spec,) = dataset_specs(cfg)
+    found = [(Path(subset.image_dir).name, subset.num_repeats, subset.class_tokens) for subset in spec.subsets]
+    assert found == [("10_cat", 10, "cat"), ("3_dog", 3, "dog")]
+    assert {subset.keep_tokens for subset in spec.subsets} == {1}
+    assert [Path(notice.split(" is ignored")[0]).name for notice in cfg.notices] == ["0_off", "notes"]
+
+
+def test_folder_without_such_names_is_refused(folder):
+    with pytest.raises(UserError) as caught:
+        make_config("cache_latents", **RULES_OFF, train_data_dir=".")
+    assert "holds no folder such as 10_cat" in caught.value.problems[0].what
+
+
+def test_dataset_file_takes_the_place_of_the_folder(folder):
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n"
+    specs, cfg = _specs(text, folder, train_data_dir="nowhere")
+    assert len(specs) == 1
+    assert cfg.notices == ["train_data_dir is ignored: the data is named by dataset_config"]

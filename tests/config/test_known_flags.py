@@ -1,0 +1,105 @@
+"""Every flag of sd-scripts is implemented, told to have no effect, or refused by name."""
+
+import pytest
+
+from library.config.cli import parse
+from library.config.fields import Option
+from library.config.known_flags import COMMAND_LINE_ONLY, NO_EFFECT, KnownFlag, foreign_flag, known_flags
+from library.config.runs import RUNS
+from library.errors import UserError
+
+TRAINER = RUNS["sdxl_train_network"].options()
+OPTIONS = {name for run in RUNS.values() for name in run.options()}
+ALIASES = {alias for option in TRAINER.values() for alias in option.aliases}
+FOREIGN = sorted(set(known_flags()) - OPTIONS - ALIASES - COMMAND_LINE_ONLY)
+
+# Where our default is not sd-scripts': name -> why.
+OTHER_DEFAULTS = {
+    "optimizer_type": "AdamW is what the empty text means there",
+    "sample_sampler": "euler_a (docs/differences.md)",
+    "save_model_as": "safetensors is what sdxl_train_network has; the table holds sdxl_train's",
+    "max_token_length": "75 is what unset means there",
+    "min_timestep": "0 is what unset means there",
+    "max_timestep": "1000 is what unset means there",
+    "text_encoder_batch_size": "only for other models there",
+}
+
+
+def _meaningful(known: KnownFlag) -> object:
+    """A value that is neither the default nor switched off."""
+    return {"flag": True, "int": 7, "float": 0.7, "float list": [0.7], "str list": ["x"]}.get(known.kind, "x")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_flag_that_is_not_there_is_refused_by_name(name):
+    for run in RUNS:
+        problem = foreign_flag(name, _meaningful(known_flags()[name]), run=run, where="run.toml line 3")
+        assert problem is not None
+        assert problem.what.startswith(name)
+        assert "supported" in problem.what or "other model families" in problem.what
+        assert problem.where == "run.toml line 3"
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_flag_at_its_default_asks_for_nothing(name):
+    default = known_flags()[name].default
+    for value in (default, "None", "" if default is None else default):
+        assert foreign_flag(name, value, run="sdxl_train_network", where="") is None
+
+
+def test_files_of_other_programs_are_full_of_defaults(run_toml, toml_text):
+    cfg = run_toml(
+        f"{toml_text}noise_offset = 0\nmin_snr_gamma = 0.0\nfull_bf16 = false\nhuber_c = 0.1\nwandb_run_name = ''\n"
+        "base_weights = 'None'\nprior_loss_weight = 1\ntoken_warmup_step = 0\n"
+    )
+    assert cfg.notices == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        (["--noise_offset", "0.1"], "--noise_offset is not supported yet"),
+        (["--zero_terminal_snr"], "--zero_terminal_snr is not supported yet"),
+        (["--base_weights", "a", "b"], "--base_weights is not supported yet"),
+        (["--t5xxl=a"], "--t5xxl only acts for other model families"),
+        (["--v2"], "--v2 is for Stable Diffusion 2"),
+        (["--outdir", "a"], "--outdir is an option of sdxl_gen_img.py, not of sdxl_train_network.py"),
+        (["--ratios", "1", "2"], "--ratios is not supported yet (sd-scripts has it in merge_lora.py, "),
+        (["--train_text_encoder"], "--train_text_encoder is not supported yet (sd-scripts has it in sdxl_train.py)"),
+    ],
+)
+def test_flags_are_refused_on_the_command_line(argv, what):
+    with pytest.raises(UserError) as caught:
+        parse("sdxl_train_network", argv)
+    assert caught.value.problems[0].what.startswith(what)
+    assert caught.value.problems[0].where == "command line"
+
+
+def test_flags_at_their_default_pass_on_the_command_line(complete):
+    argv = [text for name, value in complete.items() for text in (f"--{name}", str(value))]
+    cfg = parse("sdxl_train_network", [*argv, "--huber_c", "0.1", "--noise_offset=0", "--lowram", "--seed", "1"])
+    assert cfg.loop.seed == 1
+    assert [notice.split()[0] for notice in cfg.notices] == ["lowram"]
+
+
+@pytest.mark.parametrize("name", sorted(set(TRAINER) & set(known_flags())))
+def test_option_agrees_with_sd_scripts(name):
+    known, option = known_flags()[name], TRAINER[name]
+    assert known.letters & {"N", "cl", "ct", "x"}
+    assert _kind(option) == known.kind
+    if name in OTHER_DEFAULTS:
+        assert option.default != known.default
+    else:
+        assert (None if option.default == () else option.default) == known.default
+
+
+def _kind(option: Option) -> str:
+    kinds = {"bool": "flag", "size": "str", "share": "float"}
+    return kinds.get(option.kind, option.kind) + (" list" if option.many else "")
+
+
+def test_flags_without_effect_are_known_and_not_options():
+    for name, (runs, reason) in NO_EFFECT.items():
+        assert name in known_flags()
+        assert reason
+        assert not any(name in RUNS[run].options() for run in runs)
