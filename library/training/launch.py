@@ -23,6 +23,7 @@ from library.errors import UserError
 from library.inference import encode_pass
 from library.inference import launch as inference
 from library.inference.prompt_line import read_prompt_file
+from library.inference.texts import TextForm
 from library.io import hashing
 from library.log import get_logger, setup_logging
 from library.models import attention, checkpoint, memory
@@ -124,10 +125,10 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
             cfg.model.pretrained_model_name_or_path,
             vae=cfg.model.vae,
             dtype=dtype,
+            vae_dtype=torch.float32 if cfg.model.no_half_vae else dtype,
             disable_mmap=cfg.model.disable_mmap_load_safetensors,
         )
     _check_prediction_type(cfg, bundle)
-    bundle.vae.to(torch.float32 if cfg.model.no_half_vae else dtype)
     memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
     attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
     run = Run(cfg, accelerator, trainable, seed, data, bundle, False, False, previews, None)
@@ -164,6 +165,11 @@ def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:
         )
 
 
+def _text_form(cfg: RunConfig) -> TextForm:
+    """Prompts of sample pictures are encoded as captions are."""
+    return TextForm("train", max_chunks=(cfg.model.max_token_length or 75) // 75)
+
+
 def _fill_caches(run: Run) -> None:
     """Latents and text outputs, as asked; afterwards the encoders that are not needed leave the device."""
     cfg, accelerator, bundle = run.cfg, run.accelerator, run.bundle
@@ -189,7 +195,7 @@ def _fill_caches(run: Run) -> None:
         log.info(report.text("text encoder outputs"))
     if run.previews and not trains_text:
         run.preview_conditioning = inference.encode_requests(
-            bundle, run.previews, device=accelerator.device, text_form="train"
+            bundle, run.previews, device=accelerator.device, text_form=_text_form(cfg)
         )
     if run.text_cached:
         for encoder in (bundle.text_encoder_1, bundle.text_encoder_2):
@@ -319,6 +325,7 @@ def _hooks(
                 Path(cfg.save.output_dir) / "sample",
                 cfg.save.output_name,
                 accelerator.device,
+                _text_form(cfg),
                 accelerator.autocast if cfg.loop.mixed_precision != "no" else contextlib.nullcontext,
                 accelerator.wait_for_everyone,
                 enabled=accelerator.is_main_process,

@@ -12,6 +12,7 @@ import torch
 
 from library.inference import launch as inference
 from library.inference.prompt_line import GenRequest
+from library.inference.texts import TextForm
 from library.log import get_logger
 from library.training.hooks import Event, View
 
@@ -57,6 +58,7 @@ class PreviewHook:
     folder: Path
     name: str | None
     device: torch.device
+    text_form: TextForm
     autocast: Callable[[], Any]
     wait: Callable[[], None]
     enabled: bool = True
@@ -72,20 +74,18 @@ class PreviewHook:
             m for m in (self.bundle.unet, self.bundle.text_encoder_1, self.bundle.text_encoder_2) if m is not None
         ]
         was_training = [module.training for module in modules]
-        vae_home = next(self.bundle.vae.parameters()).device
         self.folder.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%d%H%M%S")
         try:
             for module in modules:
                 module.eval()
-            self.bundle.vae.to(self.device)
             with torch.no_grad(), self.autocast():
                 pictures = inference.generate(
                     self.bundle,
                     self.requests,
                     device=self.device,
                     conditioning=self.conditioning,
-                    text_form="train",
+                    text_form=self.text_form,
                 )
                 for index, (request, picture) in enumerate(pictures):
                     target = file_name(event, view, name=self.name, index=index, seed=request.seed, stamp=stamp)
@@ -96,4 +96,3 @@ class PreviewHook:
         finally:
             for module, training in zip(modules, was_training, strict=True):
                 module.train(training)
-            self.bundle.vae.to(vae_home)

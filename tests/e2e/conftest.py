@@ -13,6 +13,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps the precision of a process's first run for ever; every test is a process of its own here."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A DreamBooth folder with pictures of three shapes and captions: 7 images, two of them wide, two tall."""
@@ -25,6 +34,29 @@ def pictures(tmp_path) -> Path:
     return folder.parent
 
 
+def arguments(pictures: Path, output: Path, *flags: str) -> list[str]:
+    """A small LoRA run on the tiny model as a command line."""
+    return [
+        "--pretrained_model_name_or_path=tiny",
+        f"--train_data_dir={pictures}",
+        "--caption_extension=.txt",
+        "--resolution=64",
+        "--enable_bucket",
+        "--min_bucket_reso=32",
+        "--max_bucket_reso=128",
+        "--bucket_reso_steps=32",
+        "--train_batch_size=2",
+        "--network_module=networks.lora",
+        "--network_dim=4",
+        "--learning_rate=1e-2",
+        "--max_data_loader_n_workers=0",
+        "--seed=7",
+        f"--output_dir={output}",
+        "--output_name=net",
+        *flags,
+    ]
+
+
 @pytest.fixture
 def train(tmp_path, pictures):
     """train(output_name, *extra flags) runs sdxl_train_network.main and returns the output folder."""
@@ -32,26 +64,7 @@ def train(tmp_path, pictures):
 
     def run(name: str, *flags: str) -> Path:
         output = tmp_path / name
-        argv = [
-            "--pretrained_model_name_or_path=tiny",
-            f"--train_data_dir={pictures}",
-            "--caption_extension=.txt",
-            "--resolution=64",
-            "--enable_bucket",
-            "--min_bucket_reso=32",
-            "--max_bucket_reso=128",
-            "--bucket_reso_steps=32",
-            "--train_batch_size=2",
-            "--network_module=networks.lora",
-            "--network_dim=4",
-            "--learning_rate=1e-2",
-            "--max_data_loader_n_workers=0",
-            "--seed=7",
-            f"--output_dir={output}",
-            "--output_name=net",
-            *flags,
-        ]
-        assert sdxl_train_network.main(argv) == 0
+        assert sdxl_train_network.main(arguments(pictures, output, *flags)) == 0
         return output
 
     return run

@@ -1,0 +1,67 @@
+"""Started as users start it: `accelerate launch` for one process, `torchrun` for two on a CPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import ROOT, arguments, log_of
+
+
+def _start(launcher: list[str], argv: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(ROOT / "sdxl_train_network.py"), *argv],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.e2e
+def test_two_processes_equal_one_with_twice_the_batch(train, pictures, tmp_path):
+    """Same samples, so same losses; gradients of two ranks are those of one big batch up to the order of sums."""
+    flags = ["--max_train_steps=6", "--gradient_accumulation_steps=2", "--random_crop", "--shuffle_caption"]
+    one = train("one", *flags, "--train_batch_size=4")
+    two = tmp_path / "two"
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    _start(launcher, arguments(pictures, two, *flags, "--train_batch_size=2"))
+    for first, second in zip(log_of(one), log_of(two), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=2e-3)
+    expected, got = load_file(one / "net.safetensors"), load_file(two / "net.safetensors")
+    difference = torch.stack([(expected[name] - got[name]).abs().max() for name in expected])
+    size = max(float(tensor.abs().max()) for name, tensor in expected.items() if "lora_up" in name)
+    assert size > 0.01 and float(difference.quantile(0.9)) < 0.02 * size
+
+
+@pytest.mark.e2e
+def test_accelerate_launch_runs_a_config_file(pictures, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"""
+[model]
+pretrained_model_name_or_path = "tiny"
+[data]
+train_data_dir = "{pictures.as_posix()}"
+caption_extension = ".txt"
+resolution = "64,64"
+[network]
+network_module = "networks.lora"
+network_dim = 2
+[run]
+max_train_steps = 2
+learning_rate = 1e-3
+output_dir = "{(tmp_path / "out").as_posix()}"
+output_name = "net"
+"""
+    )
+    _start(["accelerate.commands.launch", "--num_cpu_threads_per_process=1"], [f"--config_file={config}"])
+    assert (tmp_path / "out" / "net.safetensors").exists()
+    assert [record["step"] for record in log_of(tmp_path / "out")] == [1, 2]

@@ -1,0 +1,42 @@
+"""What only a GPU can show. Skipped without CUDA."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.training.optim import GuardedUpdate, build_optimizer
+
+pytestmark = pytest.mark.gpu
+
+pytest_plugins = ["tests.e2e.conftest"]
+
+
+def test_fused_updates_skip_a_non_finite_gradient_on_the_device():
+    parameter = torch.nn.Parameter(torch.ones(64, 64, device="cuda"))
+    group = {"name": "unet", "params": [parameter], "lr": 0.1}
+    optimizer = build_optimizer([group], optimizer_type="AdamW", learning_rate=0.1, arguments={})
+    update = GuardedUpdate(optimizer, 1.0)
+    parameter.grad = torch.full_like(parameter, float("inf"))
+    update()
+    assert torch.equal(parameter, torch.ones_like(parameter)) and float(update.skipped) == 1
+    parameter.grad = torch.ones_like(parameter)
+    update()
+    assert (parameter < 1).all() and torch.isfinite(parameter).all()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_lora_run_in_each_precision_stays_close_to_float32(train, precision):
+    reference = load_file(train("reference", "--max_train_steps=8", "--learning_rate=1e-3") / "net.safetensors")
+    got = load_file(
+        train("got", "--max_train_steps=8", "--learning_rate=1e-3", f"--mixed_precision={precision}")
+        / "net.safetensors"
+    )
+    assert all(torch.isfinite(tensor).all() for tensor in got.values())
+    up = [name for name in got if name.endswith("lora_up.weight")]
+    a, b = (torch.cat([tensors[name].flatten().float() for name in up]) for tensors in (reference, got))
+    assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > (0.999 if precision == "no" else 0.8)
+
+
+def test_eight_bit_optimizer_trains(train):
+    tensors = load_file(train("out", "--max_train_steps=4", "--optimizer_type=AdamW8bit") / "net.safetensors")
+    assert any(float(value.abs().max()) > 0 for name, value in tensors.items() if name.endswith("lora_up.weight"))
