@@ -73,7 +73,8 @@ class TrainStep(nn.Module):
             self.bundle.prediction_type, schedule=self.schedule, x0=latents, noise=draw.noise_BChw, t=draw.t_B
         )
         loss_B = per_sample(self.elementwise_loss(prediction.float(), target.float()))
-        return StepOutput(weighted_mean(loss_B, batch.weight_B, batch.num_real), loss_B.detach())
+        # A rank can hold nothing but padding: the last batch of a bucket has fewer samples than there are ranks.
+        return StepOutput(weighted_mean(loss_B, batch.weight_B, max(batch.num_real, 1)), loss_B.detach())
 
     def _latents(self, batch: Batch, draw: Draw) -> Tensor:
         if batch.latents_B4hw is not None:

@@ -198,7 +198,7 @@ def test_latents_do_not_depend_on_the_batch(tmp_path, to_disk):
 
 
 def test_the_posterior_noise_is_normal_and_of_each_image_its_own(folder):
-    images = [image for image in images_of(folder, enable_bucket=False)]
+    images = images_of(folder, enable_bucket=False)
     noise = posterior_noise(images, "plain")
     assert noise.shape == (NUM, 4, 8, 8)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
