@@ -96,7 +96,7 @@ class _Reader:
             where = place.file.where(*place.path)
             image_dir = place.values.get("image_dir")
             if image_dir is None:
-                if not any("image_dir" in problem.what for problem in self.problems if problem.where == where):
+                if "image_dir" not in place.wrong:
                     self.problems.append(Problem(f"{place.title} has no image_dir", where, "name its folder of images"))
                 continue
             missing = missing_path(image_dir, name="image_dir", kind="folder", where=place.where("image_dir"))
@@ -128,7 +128,7 @@ class _Reader:
     def _add(self, places: list[Place], subsets: list[SubsetSpec], *, where: str) -> None:
         """Add a dataset after its rules have been checked."""
         values = {key: self._look_up(places, key, option) for key, option in DATASET_KEYS.items()}
-        if not self.are_rules_checked:
+        if not self.are_rules_checked or any("resolution" in place.wrong for place in places):
             return
         if values["resolution"] is None:
             fix = "set resolution, for example resolution = 1024"

@@ -67,12 +67,13 @@ LATER_KEYS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Place:
-    """A table of the file: what it is called, its values, and how to name the line of a key."""
+    """A table of the file: what it is called, its values, how to name the line of a key, and which keys were wrong."""
 
     title: str
     values: dict[str, Any]
     path: tuple[str | int, ...]
     file: TomlFile
+    wrong: frozenset[str] = frozenset()
 
     def where(self, key: str) -> str:
         """File and line of `key`."""
@@ -167,13 +168,15 @@ def _tables(
 def _checked(place: Place, problems: list[Problem], *, level: str) -> Place:
     """The place with its correct values, normalised; the rest goes to `problems`."""
     good: dict[str, Any] = {}
+    wrong: set[str] = set()
     for key, value in place.values.items():
         found, value = _check_key(place, key, value, level=level)
         if found:
             problems.append(found)
+            wrong.add(key)
         elif key not in LATER_KEYS:
             good[key] = value
-    return Place(place.title, good, place.path, place.file)
+    return Place(place.title, good, place.path, place.file, frozenset(wrong))
 
 
 def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Problem | None, Any]:

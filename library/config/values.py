@@ -55,8 +55,8 @@ def build_config(run: Run, given: Mapping[str, Given]) -> tuple[RunConfig, dict[
 
 def describe(option: Option, details: ErrorDetails, value: Any, *, where: str, key: str = "") -> Problem:
     """One pydantic error as a sentence; `key` is the name the user wrote when it is not the option's own."""
-    what = f"{key or option.name} = {shown(value)} {_sentence(option, details)}"
-    return Problem(what, where, _fix(option, value))
+    key = key or option.name
+    return Problem(f"{key} = {shown(value)} {_sentence(option, details)}", where, _fix(option, value, key=key))
 
 
 def _sentence(option: Option, details: ErrorDetails) -> str:
@@ -80,12 +80,12 @@ def _sentence(option: Option, details: ErrorDetails) -> str:
     return _TYPE_SENTENCES[option.kind]
 
 
-def _fix(option: Option, value: Any) -> str:
+def _fix(option: Option, value: Any, *, key: str) -> str:
     if isinstance(value, str) and option.kind in ("int", "float", "bool") and _looks_like(option.kind, value):
-        return f"remove the quotes: {option.name} = {value.strip().lower()}"
+        return f"remove the quotes: {key} = {value.strip().lower()}"
     if option.many and isinstance(value, str):
-        return f"{option.name} = [{', '.join(toml_value(part) for part in value.split())}]"
-    return ""
+        return f"{key} = [{', '.join(toml_value(part) for part in value.split())}]"
+    return f"the default is {key} = {toml_value(option.default)}" if option.default not in (None, (), "") else ""
 
 
 def _looks_like(kind: str, text: str) -> bool:

@@ -130,7 +130,7 @@ resolution = 512
         (
             'shuffle_caption = "yes" must be true or false, without quotes',
             "./data.toml line 3",
-            "",
+            "the default is shuffle_caption = false",
         ),
         ("batch_size cannot stand in subset 1", "./data.toml line 9", "move it to [[datasets]] or [general]"),
         ("color_aug is not supported yet", "./data.toml line 12", "remove color_aug"),
@@ -198,6 +198,12 @@ def test_resolution_is_needed_somewhere(folder):
     ((what, where, fix),) = _problems(text, folder, resolution=None)
     assert (what, where) == ("the dataset has no resolution", "./data.toml line 1")
     assert "resolution = 1024" in fix
+
+
+def test_wrong_resolution_is_reported_once(folder):
+    text = "[[datasets]]\nresolution='big'\n[[datasets.subsets]]\nimage_dir=3\n"
+    found = _problems(text, folder, resolution=None)
+    assert [where for _, where, _ in found] == ["./data.toml line 4", "./data.toml line 2"]
 
 
 def test_subsets_that_add_nothing_are_left_out_and_told(folder):

@@ -55,12 +55,11 @@ def test_help_names_every_option_with_choices_and_default(run, monkeypatch):
         assert "default: 2e-06" in text
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
-def test_option_is_described_and_acts_somewhere(option):
-    assert option.help
-    assert option.acts
-    assert option.acts <= EVERY_RUN
-    assert all(option.name in RUNS[run].options() for run in option.acts)
+def test_options_are_described_and_act_somewhere():
+    for option in OPTIONS:
+        assert option.help, option.name
+        assert option.acts and option.acts <= EVERY_RUN, option.name
+        assert all(option.name in RUNS[run].options() for run in option.acts), option.name
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)

@@ -111,19 +111,21 @@ def test_plugins_are_listed_without_private_files(tmp_path):
 
 
 def test_plugin_is_loaded_by_name_or_path(tmp_path, monkeypatch):
-    (tmp_path / "my_plugins").mkdir()
-    (tmp_path / "my_plugins" / "__init__.py").write_text("")
-    (tmp_path / "my_plugins" / "square.py").write_text("answer = 4")
-    (tmp_path / "my_plugins" / "broken.py").write_text("import not_a_package_at_all")
+    package = "plugins_of_this_test"
+    folder = tmp_path / package
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "square.py").write_text("answer = 4")
+    (folder / "broken.py").write_text("import not_a_package_at_all")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_plugin("my_plugins", "square").answer == 4
-    assert load_plugin("other", "my_plugins.square").answer == 4
+    assert load_plugin(package, "square").answer == 4
+    assert load_plugin("library.config", f"{package}.square").answer == 4
     with pytest.raises(UserError, match="did you mean square"):
-        load_plugin("my_plugins", "sqare")
+        load_plugin(package, "sqare")
     with pytest.raises(UserError, match="cannot be imported"):
-        load_plugin("my_plugins", "no_such_module.at_all")
+        load_plugin(package, "no_such_module.at_all")
     with pytest.raises(ModuleNotFoundError):  # the user's own defect keeps its traceback
-        load_plugin("other", "my_plugins.broken")
+        load_plugin(package, f"{package}.broken")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Where values come from: command line, file, default; and how they go out again."""
 
+import pickle
 import tomllib
 from pathlib import Path
 
@@ -206,6 +207,12 @@ def test_configuration_is_immutable(complete):
     cfg = make_config("sdxl_train_network", **complete)
     with pytest.raises(ValueError, match="frozen"):
         cfg.optim.learning_rate = 1.0
+
+
+def test_configuration_goes_through_pickle(complete):
+    cfg = make_config("sdxl_train_network", **complete)
+    again = pickle.loads(pickle.dumps(cfg))
+    assert (again.run, again.flat(), again.provenance) == (cfg.run, cfg.flat(), cfg.provenance)
 
 
 def test_shared_file_serves_the_cache_tools(run_toml, toml_text):
