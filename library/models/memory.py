@@ -25,4 +25,6 @@ def enable_gradient_checkpointing(bundle: ModelBundle, *, text_encoders: bool) -
         bundle.unet.enable_gradient_checkpointing()
     if text_encoders:
         for encoder in (bundle.text_encoder_1, bundle.text_encoder_2):
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            encoder.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers marks the embeddings' output as needing gradients, which only the re-entrant form wants.
+            encoder.disable_input_require_grads()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.log import get_logger
 from library.models.arch import LATENT_FACTOR
@@ -89,16 +89,17 @@ def _pixels(vae: Any, latents_B4hw: Tensor) -> Tensor:
 def _in_float32(vae: Any) -> Iterator[None]:
     """Widen the VAE for a while; going back to its dtype is exact.
 
-    Leaves inference mode for the casts: parameters made inside it could never be used for training again.
+    Leaves inference mode for the casts: parameters made inside it could never be used for training again. The plain
+    `to` of torch, since that of diffusers warns about modules to be kept in float32, of which there are none.
     """
     dtype = vae.dtype
     with torch.inference_mode(False):
-        vae.to(torch.float32)
+        nn.Module.to(vae, torch.float32)
     try:
         yield
     finally:
         with torch.inference_mode(False):
-            vae.to(dtype)
+            nn.Module.to(vae, dtype)
 
 
 def _slices(vae: Any, batch: Tensor) -> Iterator[Tensor]:
