@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.data.cache_index import CacheIndex
 from library.data.caching import (
     CacheReport,
     Target,
@@ -78,19 +79,22 @@ def build_latents(
     """
     assert not any(image.record.subset.random_crop for image in images), "a cached image has one crop"
     targets = make_targets(images, standard_path=_path, identity=_identity)
+    index = CacheIndex()
+    checks = [CacheCheck("missing")] * len(targets)
     if options.to_disk:
+        index.load({target.path.parent for target in targets})
         checks = inspect_all(
-            targets,
-            lambda target: _inspect(target, options),
-            rank=rank,
-            world=world,
-            title="checking cached latents",
+            targets, lambda target: _inspect(target, options, index), rank=rank, world=world, title="checking latents"
         )
-    else:
-        checks = [CacheCheck("missing")] * len(targets)
     chunks = _chunks(targets, checks, options.batch_size)
-    built = _build(targets, chunks, encode, options=options, rank=rank, world=world)
-    return _collect(targets, checks, exchange(built))
+    parts = exchange(_build(targets, chunks, encode, options=options, rank=rank, world=world))
+    if rank == 0 and not options.skip_check:
+        right = [i for i, check in enumerate(checks) if check.status == "valid"]
+        for target in (targets[i] for i in (*right, *(i for part in parts for i in part.written))):
+            if (expected := _expected(target, options)) is not None:
+                index.add(target.path, expected, contents=_contents(target))
+        index.save()
+    return _collect(targets, checks, parts)
 
 
 def _collect(
@@ -130,16 +134,29 @@ def _needs_flip(target: Target) -> bool:
     return any(image.record.subset.flip_aug for image in target.images)
 
 
-def _inspect(target: Target, options: LatentCacheOptions) -> CacheCheck:
+def _contents(target: Target) -> str:
+    return "plain and mirrored" if _needs_flip(target) else "plain"
+
+
+def _expected(target: Target, options: LatentCacheOptions) -> str | None:
+    """The fingerprint that the entry should have; None when the image has gone since the scan."""
+    try:
+        return _fingerprint(target.images[0], vae_id=options.vae_id, with_hash=False)
+    except OSError:
+        return None
+
+
+def _inspect(target: Target, options: LatentCacheOptions, index: CacheIndex) -> CacheCheck:
     if options.skip_check:
         return CacheCheck("valid" if target.path.exists() else "missing")
+    expected = _expected(target, options)
+    if expected is None:
+        # Encoding the image will fail and say so.
+        return CacheCheck("missing")
+    if index.confirms(target.path, expected, contents=_contents(target)):
+        return CacheCheck("valid")
     image = target.images[0]
     bucket = image.placement.bucket
-    try:
-        expected = _fingerprint(image, vae_id=options.vae_id, with_hash=False)
-    except OSError:
-        # The image has gone since the scan; encoding it will fail and say so.
-        return CacheCheck("missing")
     return latent_cache.inspect(
         target.path,
         expected,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from library.data.cache_index import CacheIndex
 from library.data.caching import (
     CacheReport,
     Target,
@@ -68,12 +69,13 @@ def build_text(
     targets = make_targets(
         images, standard_path=lambda image: text_cache.text_cache_path(image.record.path), identity=cached_caption
     )
+    index = CacheIndex()
+    checks = [CacheCheck("missing")] * len(targets)
     if options.to_disk:
+        index.load({target.path.parent for target in targets})
         checks = inspect_all(
-            targets, lambda target: _inspect(target, options), rank=rank, world=world, title="checking cached captions"
+            targets, lambda target: _inspect(target, options, index), rank=rank, world=world, title="checking captions"
         )
-    else:
-        checks = [CacheCheck("missing")] * len(targets)
     store = TextStore(empty=encode([""]).to("cpu", torch.float32))
     report = CacheReport(stale=stale_entries(targets, checks))
     for target, check in zip(targets, checks, strict=True):
@@ -89,6 +91,11 @@ def build_text(
             for target in waiting[caption]:
                 _put(store, target, target.path if row is None else row)
     report.built = sum(map(len, waiting.values()))
+    if rank == 0 and options.to_disk and not options.skip_check:
+        for target, check in zip(targets, checks, strict=True):
+            if check.status != "foreign":
+                index.add(target.path, _fingerprint(cached_caption(target.images[0]), options))
+        index.save()
     return store, report
 
 
@@ -102,10 +109,12 @@ def _put(store: TextStore, target: Target, entry: TextCond | Path) -> None:
         store.put(image.record.key, entry)
 
 
-def _inspect(target: Target, options: TextCacheOptions) -> CacheCheck:
+def _inspect(target: Target, options: TextCacheOptions, index: CacheIndex) -> CacheCheck:
     if options.skip_check:
         return CacheCheck("valid" if target.path.exists() else "missing")
     expected = _fingerprint(cached_caption(target.images[0]), options)
+    if index.confirms(target.path, expected):
+        return CacheCheck("valid")
     return text_cache.inspect(target.path, expected, num_tokens=options.max_token_length + 2)
 
 
