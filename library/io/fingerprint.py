@@ -109,9 +109,7 @@ def _same_image(old: ImageStamp, new: ImageStamp, path: str | os.PathLike[str] |
         return old.hash == new.hash
     if old.mtime_ns == new.mtime_ns:
         return True
-    if path is None:
-        return False
-    if old.hash is None:
+    if path is None or old.hash is None:
         return False
     try:
         return content_hash(path) == old.hash

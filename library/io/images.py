@@ -51,7 +51,6 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """
     with _opened(path) as (image, file):
         orientation = _orientation(image, file)
-        image.load()
         rgb = _to_rgb(image)
         if orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[orientation])

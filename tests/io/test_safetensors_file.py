@@ -42,6 +42,7 @@ def test_any_mapping_any_memory_layout_and_shared_storage_can_be_saved(tmp_path:
     tensors = {
         "t": base.t(),
         "row": base[1],
+        "column": base[:, 2],
         "whole": base,
         "last": base.reshape(1, 4, 2, 3).to(memory_format=torch.channels_last),
     }
