@@ -51,9 +51,10 @@ def trainable(bundle, make_trainable):
     made.network.detach()
 
 
-def _batch(bundle, *, rows=3, real=3):
+def _batch(bundle, *, rows=3, real=None):
     tokens = sdxl.tokenize(bundle.tokenizer, ["a red circle", "a blue square", "a green star"][:rows])
     weight = torch.ones(rows)
+    real = real or rows
     weight[real:] = 0
     generator = torch.Generator().manual_seed(5)
     return Batch(

@@ -1,0 +1,12 @@
+"""After training on a new concept, generated pictures contain it; before, they did not."""
+
+import pytest
+
+from benchmarks.learning import before_and_after
+
+
+@pytest.mark.e2e
+def test_a_lora_learns_the_new_concept(tmp_path):
+    before, after = before_and_after(tmp_path, seed=1, steps=120)
+    assert before < 0.02
+    assert after > 0.10 and after > 5 * before
