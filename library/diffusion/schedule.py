@@ -34,6 +34,7 @@ class NoiseSchedule:
 
     @property
     def num_steps(self) -> int:
+        """Number of diffusion steps N; timesteps run from 0 to N - 1."""
         return self.alphas_cumprod_N.shape[0]
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
