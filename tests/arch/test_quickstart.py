@@ -115,3 +115,7 @@ def test_every_demo_step_starts_a_file_of_the_repository():
         scripts = [word for word in command if word.endswith(".py")]
         assert len(scripts) == 1, step
         assert scripts[0] in tree.tracked_files(), step
+
+
+def test_every_benchmark_of_make_bench_is_there():
+    assert {f"benchmarks/{name}.py" for name in quickstart.BENCHMARKS} <= set(tree.tracked_files())

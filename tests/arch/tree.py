@@ -110,7 +110,8 @@ def imports_of(name: str) -> Iterator[Import]:
                 yield Import(whole if whole in modules() else origin, node.lineno)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "load_plugin")):
             first = node.args[0] if node.args else None
-            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            named = isinstance(first, ast.Constant) and isinstance(first.value, str)
+            if named and (is_ours(first.value) or ast.unparse(node.func).endswith("import_module")):
                 yield Import(first.value, node.lineno)
 
 
