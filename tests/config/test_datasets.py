@@ -245,6 +245,10 @@ def test_rules_of_a_dataset(problems_of, changes, what):
     assert problem.fix
 
 
+def test_resolution_may_reach_the_bucket_limits(problems_of):
+    assert problems_of(enable_bucket=True, resolution="1024,256") == ()
+
+
 def test_rules_see_the_value_of_the_subset(folder):
     text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\nrandom_crop=true\n[[datasets.subsets]]\nimage_dir='b'\n"
     assert _problems(text, folder)[0][0].endswith("cannot act in a")

@@ -173,6 +173,13 @@ def test_hub_ids_and_existing_paths_pass(problems_of, tmp_path):
     assert problems_of(network_module="lora") == ()
 
 
+def test_a_folder_beside_us_is_no_owner_on_the_hub(problems_of, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (problem,) = problems_of(pretrained_model_name_or_path="models/sdxl")
+    assert problem.what == "pretrained_model_name_or_path models/sdxl does not exist"
+
+
 def test_misspelt_path_gets_a_suggestion(problems_of, tmp_path):
     (tmp_path / "model.safetensors").touch()
     (problem,) = problems_of(pretrained_model_name_or_path=str(tmp_path / "modell.safetensors"))

@@ -162,6 +162,11 @@ def test_written_configuration_reads_back_the_same(run, data, tmp_path_factory):
         assert again.flat() == cfg.flat()
 
 
+def test_all_steps_are_written_as_a_percentage():
+    cfg, _ = build_config(RUNS["sdxl_train_network"], {"lr_warmup_steps": Given("100%", "argument")})
+    assert 'lr_warmup_steps = "100%"  # argument' in config_lines(cfg)
+
+
 def test_output_config_writes_what_differs_and_stops(tmp_path, capsys):
     path = tmp_path / "new.toml"
     argv = [
