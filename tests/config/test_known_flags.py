@@ -47,6 +47,11 @@ def test_flag_at_its_default_asks_for_nothing():
             assert foreign_flag(name, value, run="sdxl_train_network", where="") is None, name
 
 
+def test_zero_is_a_value_where_it_does_something():
+    assert foreign_flag("noise_offset", 0, run="sdxl_train_network", where="") is None
+    assert foreign_flag("learning_rate_te1", 0, run="sdxl_train_network", where="") is not None  # freezes it there
+
+
 def test_files_of_other_programs_are_full_of_defaults(run_toml, toml_text):
     cfg = run_toml(
         f"{toml_text}noise_offset = 0\nmin_snr_gamma = 0.0\nfull_bf16 = false\nhuber_c = 0.1\nwandb_run_name = ''\n"
