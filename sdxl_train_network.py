@@ -6,12 +6,14 @@ import sys
 
 from library.config.cli import parse
 from library.errors import entry_point
+from library.log import setup_logging
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the settings (before torch is imported), then train; returns the exit code."""
     cfg = parse("sdxl_train_network", argv)
+    setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
     from library.training.launch import train
     from library.training.trainables.network import NetworkTrainable
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 _MARK = "_sdxl_suite_handler"
 
+# On a CPU it warns, when diffusers imports it, that a 4-bit kernel is missing which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module; usage: `log = get_logger(__name__)`."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from library.log import get_logger
 from library.training import naming
@@ -62,6 +65,7 @@ class LogHook:
     every: int
     show_bar: bool = True
     _bar: Any = None
+    _around_bar: ExitStack = field(default_factory=ExitStack)
     _last_time: float = 0.0
     _last_samples: int = 0
 
@@ -69,11 +73,14 @@ class LogHook:
         progress = view.progress
         if event is Event.START:
             self._last_time, self._last_samples = time.perf_counter(), progress.samples
+            # Log lines go above the bar instead of through it.
+            self._around_bar.enter_context(logging_redirect_tqdm())
             self._bar = tqdm(
                 total=view.total_steps,
                 initial=progress.global_step,
                 desc="steps",
                 smoothing=0.05,
+                mininterval=0.2 if sys.stderr.isatty() else 10,
                 dynamic_ncols=True,
                 disable=not self.show_bar,
             )
@@ -84,6 +91,7 @@ class LogHook:
         elif event is Event.END:
             self.flush(view)
             self._bar.close()
+            self._around_bar.close()
             self.run_log.close()
 
     def flush(self, view: View) -> None:

@@ -25,7 +25,7 @@ from library.inference import launch as inference
 from library.inference.prompt_line import read_prompt_file
 from library.inference.texts import TextForm
 from library.io import hashing
-from library.log import get_logger, setup_logging
+from library.log import get_logger
 from library.models import attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
@@ -74,7 +74,6 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
 
     Raises UserError for everything a user can mend, as early as it can be known.
     """
-    setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
     for notice in cfg.notices:
         log.info(notice)
     accelerator = _accelerator(cfg, trainable)

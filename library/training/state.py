@@ -26,9 +26,13 @@ FORMAT = 1
 class Stateful(Protocol):
     """Owner of something mutable."""
 
-    def state_dict(self) -> Mapping[str, Any]: ...
+    def state_dict(self) -> Mapping[str, Any]:
+        """Everything that must survive, as tensors, numbers, strings and containers of them."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Take over what `state_dict` returned."""
+        ...
 
 
 @dataclass
