@@ -4,7 +4,7 @@ sd-scripts passes these as strings and ignores what it does not know; here every
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from library.errors import Problem, UserError
@@ -36,24 +36,6 @@ class LoraArgs:
     dropout: float | None = None
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
-
-
-def split_args(items: Iterable[str]) -> dict[str, str]:
-    """`["conv_dim=4", ...]` as a dict; every item without "=" or given twice is a problem."""
-    args: dict[str, str] = {}
-    problems = []
-    for item in items:
-        key, equals, value = str(item).partition("=")
-        key = key.strip()
-        if not equals or not key:
-            problems.append(Problem(f'"{item}" is not of the form key=value', "network_args", "write e.g. conv_dim=4"))
-        elif key in args:
-            problems.append(Problem(f'"{key}" is given twice', "network_args", "keep one of them"))
-        else:
-            args[key] = value.strip()
-    if problems:
-        raise UserError.from_problems(problems)
-    return args
 
 
 def lora_args(args: Mapping[str, str]) -> LoraArgs:

@@ -68,8 +68,15 @@ def run(cfg: "RunConfig") -> list[Path]:
         conditioning=conditioning,
         networks=networks,
     )
-    for request, picture in pictures:
-        writer.write(request, picture)
+    logger.info("drawing %d pictures with %s", len(requests), options.ckpt)
+    try:
+        for request, picture in pictures:
+            writer.write(request, picture)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of the device is too small: {str(error).splitlines()[0]}",
+            fix="lower batch_size, vae_batch_size or the size, or compute in fp16 or bf16",
+        ) from error
     return writer.paths
 
 

@@ -5,9 +5,12 @@ from typing import Literal
 
 from library.diffusion.conditioning import TextCond
 from library.inference.prompt_line import GenRequest
+from library.log import get_logger
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl
 from library.models.tokenizers import CHUNK
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Conditioning:
         return _words(request, negative), other, request.network_muls
 
     def _encode(self, bundle: ModelBundle, words: list[str]) -> TextCond:
+        for text in words:
+            self._warn_if_cut(bundle, text)
         encoders = (bundle.text_encoder_1, bundle.text_encoder_2)
         if self.form.kind == "generate":
             text = sdxl.encode_text_gen(*encoders, bundle.tokenizer, words, max_chunks=self.form.max_chunks)
@@ -72,6 +77,13 @@ class Conditioning:
             tokens = sdxl.tokenize(bundle.tokenizer, words, max_token_length=length, weighted=True)
             text = sdxl.encode_text(*encoders, tokens)
         return text.to("cpu")
+
+    def _warn_if_cut(self, bundle: ModelBundle, text: str) -> None:
+        # BREAK and weights take up room of their own or none; a prompt that just fits is not worth the exact count.
+        tokens, room = len(bundle.tokenizer.encode(text)), CHUNK * self.form.max_chunks
+        if tokens > room:
+            option = "max_embeddings_multiples" if self.form.kind == "generate" else "max_token_length"
+            logger.warning("a prompt has about %d tokens, of which %d are read (%s): %s", tokens, room, option, text)
 
 
 def _words(request: GenRequest, negative: bool) -> str:

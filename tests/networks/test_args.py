@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from library.errors import UserError
-from networks._args import NOT_YET, LoraArgs, lora_args, neuron_dropout, split_args
+from networks._args import NOT_YET, LoraArgs, lora_args, neuron_dropout
 
 
 def test_values_are_typed():
@@ -48,13 +48,6 @@ def test_values_out_of_range_are_refused(args, what):
     with pytest.raises(UserError) as error:
         lora_args(args)
     assert what in error.value.problems[0].what
-
-
-def test_items_split_at_the_first_equals_sign():
-    assert split_args(["a=b=c", " conv_dim = 4 "]) == {"a": "b=c", "conv_dim": "4"}
-    with pytest.raises(UserError) as error:
-        split_args(["conv_dim", "a=1", "a=2"])
-    assert [p.what for p in error.value.problems] == ['"conv_dim" is not of the form key=value', '"a" is given twice']
 
 
 def test_dropout_given_twice_must_agree():
