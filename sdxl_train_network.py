@@ -5,14 +5,21 @@ from __future__ import annotations
 import sys
 
 from library.config.cli import parse
-from library.errors import entry_point
+from library.config.run_config import RunConfig
+from library.errors import Problem, entry_point
 from library.log import setup_logging
+from networks._args import problems_of
+
+
+def _network_args(cfg: RunConfig) -> list[Problem]:
+    network = cfg.network
+    return problems_of(network.network_module, network.network_kwargs(), network.network_dropout)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the settings (before torch is imported), then train; returns the exit code."""
-    cfg = parse("sdxl_train_network", argv)
+    cfg = parse("sdxl_train_network", argv, checks=[_network_args])
     setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
     from library.training.launch import train
     from library.training.trainables.network import NetworkTrainable

@@ -38,6 +38,17 @@ class LoraArgs:
     module_dropout: float = 0.0
 
 
+def problems_of(module: str | None, args: Mapping[str, str], network_dropout: float | None) -> list[Problem]:
+    """What is wrong with --network_args for one of this suite's modules; nothing is known about other modules."""
+    if module not in ("lora", "networks.lora"):
+        return []
+    try:
+        neuron_dropout(lora_args(args), network_dropout)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
 def lora_args(args: Mapping[str, str]) -> LoraArgs:
     """The typed arguments of networks.lora; raises UserError with every wrong key and value."""
     values: dict[str, int | float] = {}

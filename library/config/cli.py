@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ from library.config.values import Given, build_config
 from library.errors import Problem, UserError
 
 
-def parse(run: str, argv: Sequence[str] | None = None) -> RunConfig:
+Check = Callable[[RunConfig], list[Problem]]
+
+
+def parse(run: str, argv: Sequence[str] | None = None, *, checks: Sequence[Check] = ()) -> RunConfig:
     """Read the options of entry point `run` (a key of `RUNS`) from `argv` (default: sys.argv[1:]).
 
+    `checks` are rules of other packages (of a network module, say) whose problems are reported with all others.
     Raises UserError with all problems at once. `--help`, `--print_config` and `--output_config` end with SystemExit(0).
     """
     entry = RUNS[run]
@@ -44,7 +48,7 @@ def parse(run: str, argv: Sequence[str] | None = None) -> RunConfig:
     messages += [
         f"{name} has no effect in {entry.script}" for name in line.values if run not in entry.options()[name].acts
     ]
-    cfg = _finish(entry, given, problems=problems, messages=messages)
+    cfg = _finish(entry, given, problems=problems, messages=messages, checks=checks)
     if line.print_config:
         print_config(cfg)
         raise SystemExit(0)
@@ -95,7 +99,9 @@ def _sort(run: Run, items: Iterable[tuple[str, Any, str]]) -> tuple[dict[str, Gi
     return given, problems, messages
 
 
-def _finish(run: Run, given: dict[str, Given], *, problems: list[Problem], messages: list[str]) -> RunConfig:
+def _finish(
+    run: Run, given: dict[str, Given], *, problems: list[Problem], messages: list[str], checks: Sequence[Check] = ()
+) -> RunConfig:
     """Validate types, then everything that needs several values or the disk; raise all problems together."""
     cfg, wrong = build_config(run, given)
     cfg = apply_implied(cfg)
@@ -106,6 +112,7 @@ def _finish(run: Run, given: dict[str, Given], *, problems: list[Problem], messa
         _, data_problems, data_notices = read_datasets(cfg, wrong=wrong)
         found += data_problems
         messages = [*messages, *data_notices]
+    found += [problem for check in checks for problem in check(cfg)]
     if found:
         raise UserError.from_problems(found)
     cfg.notices[:0] = messages

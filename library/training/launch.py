@@ -22,7 +22,7 @@ from library.data.dataset import TrainData, build_train_data
 from library.errors import UserError
 from library.inference import encode_pass
 from library.inference import launch as inference
-from library.inference.prompt_line import read_prompt_file
+from library.inference.prompt_line import GenRequest, read_prompt_file
 from library.inference.texts import TextForm
 from library.io import hashing
 from library.log import get_logger
@@ -30,6 +30,7 @@ from library.models import attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
 from library.plugins import load_plugin
+from library.sizes import Size
 from library.training import metadata as meta
 from library.training import naming
 from library.training.draws import Draws
@@ -100,9 +101,10 @@ def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
 def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> Run:
     """Data, previews and base model, checked in the order of what costs least; caches are built."""
     seed = _agreed_seed(cfg.loop.seed, accelerator)
-    previews = _preview_requests(cfg)
+    specs = dataset_specs(cfg)
+    previews = _preview_requests(cfg, specs[0].resolution)
     data = build_train_data(
-        dataset_specs(cfg),
+        specs,
         seed=seed,
         tokenize=partial(
             sdxl.tokenize,
@@ -143,12 +145,10 @@ def _agreed_seed(seed: int | None, accelerator: Accelerator) -> int:
     return chosen[0]
 
 
-def _preview_requests(cfg: RunConfig) -> list:
+def _preview_requests(cfg: RunConfig, size: Size) -> list[GenRequest]:
     if not cfg.preview.sample_prompts:
         return []
-    return read_prompt_file(
-        Path(cfg.preview.sample_prompts), size=cfg.data.resolution, sampler=cfg.preview.sample_sampler
-    )
+    return read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
 
 
 def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:

@@ -11,8 +11,8 @@ from library.errors import UserError
 
 
 def steps_from(value: int | float, total: int) -> int:
-    """A length in optimizer steps: an int is a count, a float below 1 a fraction of `total` (truncated)."""
-    return int(value * total) if isinstance(value, float) and value < 1 else int(value)
+    """A length in optimizer steps: an int is a count, a float in 0..1 a share of `total` (truncated)."""
+    return int(value * total) if isinstance(value, float) else value
 
 
 def build_scheduler(

@@ -42,9 +42,40 @@ SAME_NAME = (
     "caption_tag_dropout_rate",
     "loss_type",
     "resize_interpolation",
-    "min_timestep",
-    "max_timestep",
 )
+
+
+# What sd-scripts records of abilities that this run did not use; readers of metadata look for these keys.
+NOT_USED = {
+    f"ss_{name}": value
+    for name, value in {
+        "lowram": False,
+        "full_fp16": False,
+        "fp8_base": False,
+        "fp8_base_unet": False,
+        "noise_offset": None,
+        "noise_offset_random_strength": False,
+        "adaptive_noise_scale": None,
+        "multires_noise_iterations": None,
+        "multires_noise_discount": None,
+        "ip_noise_gamma": None,
+        "ip_noise_gamma_random_strength": False,
+        "zero_terminal_snr": False,
+        "min_snr_gamma": None,
+        "debiased_estimation": False,
+        "scale_weight_norms": None,
+        "face_crop_aug_range": None,
+        "huber_schedule": None,
+        "huber_scale": None,
+        "huber_c": None,
+        "validation_seed": None,
+        "validation_split": 0.0,
+        "max_validation_steps": None,
+        "validate_every_n_epochs": None,
+        "validate_every_n_steps": None,
+        "prior_loss_weight": 1.0,
+    }.items()
+}
 
 
 @dataclass(frozen=True)
@@ -78,10 +109,13 @@ def network_metadata(
     flat: the settings by flag name. dataset: the ss_* part that describes the images. network: what the network itself
     says (dim, alpha, arguments), which wins over the settings because a loaded file may have decided it.
     """
-    values: dict[str, Any] = {f"ss_{name}": flat[name] for name in SAME_NAME if name in flat}
+    values: dict[str, Any] = dict(NOT_USED)
+    values |= {f"ss_{name}": flat[name] for name in SAME_NAME if name in flat}
     text_lr = flat.get("text_encoder_lr")
+    if values.get("ss_max_token_length") == 75:
+        values["ss_max_token_length"] = None  # how sd-scripts writes the default
     values |= {
-        "ss_text_encoder_lr": text_lr[0] if isinstance(text_lr, list | tuple) and len(text_lr) == 1 else text_lr,
+        "ss_text_encoder_lr": (text_lr[0] if len(text_lr) == 1 else list(text_lr)) if text_lr else None,
         "ss_session_id": run.session_id,
         "ss_training_started_at": run.started_at,
         "ss_seed": run.seed,
@@ -94,7 +128,6 @@ def network_metadata(
         "ss_max_train_steps": run.max_train_steps,
         "ss_v2": False,
         "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_full_fp16": False,
     }
     values |= run.model_hashes
     strings = {key: ss_value(value) for key, value in values.items()}

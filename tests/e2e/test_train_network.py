@@ -137,8 +137,10 @@ def test_problems_are_reported_together_with_exit_code_2(capsys, tmp_path):
             "--network_module=networks.lora",
             "--output_dir=out",
             "--learning_rate=abc",
+            "--network_args",
+            "conv_dims=4",
         ]
     )
     assert code == 2
     text = capsys.readouterr().err
-    assert "no.safetensors" in text and "nowhere" in text and "abc" in text
+    assert "no.safetensors" in text and "nowhere" in text and "abc" in text and "conv_dim" in text

@@ -129,4 +129,4 @@ def test_warmup_lengths():
     assert steps_from(5, 100) == 5
     assert steps_from(0.055, 100) == 5
     assert steps_from(0.0, 100) == 0
-    assert steps_from(1.0, 100) == 1
+    assert steps_from(1.0, 100) == 100
