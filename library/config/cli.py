@@ -19,7 +19,6 @@ from library.config.validate import check_rules
 from library.config.values import Given, build_config
 from library.errors import Problem, UserError
 
-
 Check = Callable[[RunConfig], list[Problem]]
 
 

@@ -13,6 +13,7 @@ from library.data.latent_caching import LatentCacheOptions, build_latents, poste
 from library.io import latent_cache
 from library.sizes import Size
 from tests.data.fakes import Counting, fake_vae
+from tests.data.ranks import Ranks
 from tests.data.specs import dataset, picture, subset, write_folder, write_picture
 
 NUM = 7
@@ -237,15 +238,24 @@ def test_an_image_used_twice_in_the_same_way_is_encoded_once(folder):
     store.get(images[-1].record.key, flipped=True)
 
 
-def test_the_shares_of_two_ranks_are_the_whole(folder):
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_two_ranks_share_the_work_and_both_have_everything(folder, to_disk, monkeypatch):
+    (folder / "p2.png").write_bytes((folder / "p2.png").read_bytes()[:200])
+    encoders = [Counting(), Counting()]
+    options = LatentCacheOptions("v", to_disk=to_disk, batch_size=2)
+
+    def work(rank):
+        return build_latents(images_of(folder), encoders[rank], options=options, rank=rank, world=2)
+
     images = images_of(folder)
-    seen = []
-    for rank in range(2):
-        options = LatentCacheOptions("v", batch_size=2)
-        encode = Counting()
-        store, report = build_latents(images, encode, options=options, rank=rank, world=2)
-        seen.append({image.record.key for image in images if image.record.key in store})
-        assert report.built == encode.images
-    assert seen[0] | seen[1] == {image.record.key for image in images}
-    assert not seen[0] & seen[1]
+    alone, _ = build_latents(images, Counting(), options=LatentCacheOptions("v", batch_size=2))
+    (store_0, report_0), (store_1, report_1) = Ranks(2, monkeypatch).run(work)
+    assert all(encode.images > 0 for encode in encoders) and sum(encode.images for encode in encoders) == NUM - 1
+    assert report_0 == report_1 and figures(report_0) == (NUM - 1, 0, 0, 1)
+    for image in (image for image in images if not image.record.path.endswith("p2.png")):
+        one, two = (store.get(image.record.key, flipped=False) for store in (store_0, store_1))
+        assert torch.equal(one, two) and torch.equal(one, alone.get(image.record.key, flipped=False))
+
+
+def test_one_process_has_nothing_to_exchange():
     assert exchange("alone") == ["alone"]

@@ -8,6 +8,7 @@ from library.data.assemble import assemble
 from library.data.text_caching import TextCacheOptions, build_text
 from library.diffusion.conditioning import TextCond
 from tests.data.fakes import fake_text_encoder
+from tests.data.ranks import Ranks
 from tests.data.specs import dataset, subset, write_folder, write_picture
 
 NUM = 7
@@ -147,3 +148,22 @@ def test_a_name_shared_by_two_captions_gets_two_files(tmp_path):
         assert figures(report) == expected
     sums = [store.get(image.record.key).pooled_BP.sum().item() for image in images]
     assert sums == [fake_text_encoder([text]).pooled_BP.sum().item() for text in ("x", "p x")]
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_two_ranks_share_the_work_and_both_have_everything(folder, to_disk, monkeypatch):
+    encoders = [Encoder(), Encoder()]
+
+    def work(rank):
+        images, _ = assemble([dataset(subset(folder))])
+        options = TextCacheOptions("te", 1, to_disk=to_disk, batch_size=2)
+        return build_text(images, encoders[rank], options=options, rank=rank, world=2), images
+
+    ((store_0, report_0), images), ((store_1, report_1), _) = Ranks(2, monkeypatch).run(work)
+    assert report_0 == report_1 and figures(report_0) == (NUM, 0, 0, 0)
+    assert sorted(caption for encode in encoders for caption in encode.captions if caption) == sorted(
+        image.record.caption for image in images
+    )
+    assert all(len(encode.captions) > 1 and "" in encode.captions for encode in encoders)
+    for image in images:
+        assert torch.equal(store_0.get(image.record.key).pooled_BP, store_1.get(image.record.key).pooled_BP)
