@@ -91,6 +91,11 @@ def test_an_image_narrower_than_the_step_is_refused_with_a_reason(image):
         POLICIES["D"].place(image)
 
 
+def test_a_side_is_rounded_before_it_is_cut_to_the_step():
+    # sqrt(1024 * 1024 * 1224 / 1600) = 895.63 rounds to 896, a multiple of 64; cut first it would give 832.
+    assert POLICIES["B"].place(Size(1224, 1600))[:2] == ((896, 1152), (896, 1171))
+
+
 def test_an_image_without_area_is_refused():
     with pytest.raises(UnplaceableImage, match="no area"):
         POLICIES["A"].place(Size(0, 0))

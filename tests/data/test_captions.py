@@ -89,6 +89,11 @@ def test_dropout_happens_at_its_rate():
     assert 430 < dropped < 570
 
 
+def test_tags_are_dropped_at_their_rate():
+    kept = sum(len(split(process("a,b,c,d", seed=seed, caption_tag_dropout_rate=0.25))) for seed in range(500))
+    assert 1430 < kept < 1570
+
+
 def test_every_nth_epoch_drops_all_captions_counting_from_one():
     seen = [process("a", epoch=epoch, caption_dropout_every_n_epochs=3) for epoch in range(1, 8)]
     assert seen == ["a", "a", "", "a", "a", "", "a"]

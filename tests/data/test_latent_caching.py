@@ -182,6 +182,22 @@ def test_an_image_without_finite_latents_is_left_out_and_named(folder):
     assert len(list(folder.glob("*.npz"))) == NUM - 1 == len(store)
 
 
+def test_a_mirror_image_without_finite_latents_counts_too(folder):
+    calls = []
+
+    def encode(pixels, noise):
+        calls.append(noise)
+        latents, finite = fake_vae(pixels, noise)
+        finite[:] = len(calls) != 2  # the mirror image of the first batch
+        return latents, finite
+
+    images = images_of(folder, subset_changes={"flip_aug": True})
+    _, report = build(images, encode=Counting(encode), batch_size=1)
+    assert figures(report) == (NUM - 1, 0, 0, 1)
+    # An image and its mirror image are two draws.
+    assert calls[0].shape == calls[1].shape and not torch.equal(calls[0], calls[1])
+
+
 @pytest.mark.parametrize("to_disk", [False, True])
 def test_latents_do_not_depend_on_the_batch(tmp_path, to_disk):
     def encode(pixels, noise):
