@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("stage", choices=[*STAGES, "all", "concept"])
     out.add_argument("--work_dir", type=Path, default=Path("tiny_work"), help="where the stages leave their files")
     out.add_argument("--vae_steps", type=int, default=3000)
-    out.add_argument("--unet_steps", type=int, default=4500)
+    out.add_argument("--unet_steps", type=int, default=3000)
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--out", type=Path, help="packed weights, or the folder of the concept (both have defaults)")
     out.add_argument("--num_prompts", type=int, default=64, help="prompts of the score")

@@ -131,6 +131,7 @@ def pack_trained(work: Path, path: Path, *, num_prompts: int, log: Callable[[str
     score_packed(beside, num_prompts=num_prompts, log=log)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(beside.read_bytes())
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def score_packed(path: Path, *, num_prompts: int, log: Callable[[str], None], sheet: Path | None = None) -> None:
