@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.io.safetensors_file import read_header
 from library.models import checkpoint
-from library.models.arch import PARTS
 from library.models.bundle import ModelBundle
+from library.models.diffusers_folder import FOLDERS
 from library.models.families import sdxl
 
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
@@ -88,10 +88,8 @@ def pipeline(folder: Path) -> StableDiffusionXLPipeline:
 
 
 def test_diffusers_loads_the_folder_with_the_same_weights(pipeline: StableDiffusionXLPipeline, bundle: ModelBundle):
-    theirs = {"unet": pipeline.unet, "vae": pipeline.vae}
-    theirs |= {"text_encoder_1": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
-    for part in PARTS:
-        ours, other = getattr(bundle, part).state_dict(), theirs[part].state_dict()
+    for part, name in FOLDERS.items():
+        ours, other = getattr(bundle, part).state_dict(), getattr(pipeline, name).state_dict()
         assert ours.keys() == other.keys()
         assert [key for key in ours if not torch.equal(ours[key], other[key])] == [], part
     assert pipeline.vae.config.scaling_factor == bundle.scaling_factor == 0.13025
@@ -125,12 +123,13 @@ def test_diffusers_predicts_as_we_do(pipeline: StableDiffusionXLPipeline, bundle
 def test_diffusers_reads_the_single_file_with_our_folder_as_configuration(
     tiny_path: Path, folder: Path, half_bundle: ModelBundle
 ):
-    for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
-        options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": torch.float16}
-        theirs = kind.from_single_file(str(tiny_path), **options).state_dict()
-        ours = getattr(half_bundle, part).state_dict()
-        assert ours.keys() == theirs.keys()
-        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    theirs = StableDiffusionXLPipeline.from_single_file(
+        str(tiny_path), config=str(folder), local_files_only=True, dtype=torch.float16
+    )
+    for part, name in FOLDERS.items():
+        ours, other = getattr(half_bundle, part).state_dict(), getattr(theirs, name).state_dict()
+        assert ours.keys() == other.keys()
+        assert [key for key in ours if not torch.equal(ours[key], other[key])] == [], part
 
 
 def test_the_folder_has_the_tokenizer_files_that_older_versions_read(folder: Path):
