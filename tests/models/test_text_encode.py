@@ -56,7 +56,7 @@ def test_the_pooled_vector_is_projected_from_the_first_end_token(bundle: ModelBu
     encoder = bundle.text_encoder_2
     last = encoder.text_model(tokens.ids_2_BnL[:, 0]).last_hidden_state
     expected = last[:, 4] @ encoder.text_projection.weight.T
-    torch.testing.assert_close(_encode(bundle, tokens).pooled_BP, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(_encode(bundle, tokens).pooled_BP, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_id_above_the_end_token_does_not_move_the_pooling(bundle: ModelBundle):
@@ -82,16 +82,16 @@ def test_chunks_are_encoded_apart_and_joined(bundle: ModelBundle):
     chunks = [_encode(bundle, Tokens(tokens.ids_1_BnL[:, i : i + 1], tokens.ids_2_BnL[:, i : i + 1])) for i in (0, 1)]
     first, second = (chunk.hidden_BTD for chunk in chunks)
     expected = torch.cat([first[:, :1], first[:, 1:76], second[:, 1:76], second[:, 76:]], dim=1)
-    torch.testing.assert_close(text.hidden_BTD, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(text.pooled_BP, chunks[0].pooled_BP, rtol=0, atol=1e-6)
+    torch.testing.assert_close(text.hidden_BTD, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text.pooled_BP, chunks[0].pooled_BP, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_captions_do_not_depend_on_their_batch(bundle: ModelBundle):
     together = _encode(bundle, _tokenize(bundle, SHORT, LONG, max_token_length=150))
     alone = _encode(bundle, _tokenize(bundle, LONG, max_token_length=150))
-    torch.testing.assert_close(together.hidden_BTD[1:], alone.hidden_BTD, rtol=0, atol=1e-6)
-    torch.testing.assert_close(together.pooled_BP[1:], alone.pooled_BP, rtol=0, atol=1e-6)
+    torch.testing.assert_close(together.hidden_BTD[1:], alone.hidden_BTD, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together.pooled_BP[1:], alone.pooled_BP, rtol=1e-5, atol=1e-5)
 
 
 class TestWeights:
@@ -135,7 +135,7 @@ class TestGeneration:
         assert text.hidden_BTD.shape == (1, 154, 80)
         tokens = _tokenize(bundle, LONG, max_token_length=150)
         second = _encode(bundle, Tokens(tokens.ids_1_BnL[:, 1:], tokens.ids_2_BnL[:, 1:]))
-        torch.testing.assert_close(text.hidden_BTD[:, 77:], second.hidden_BTD, rtol=0, atol=1e-6)
+        torch.testing.assert_close(text.hidden_BTD[:, 77:], second.hidden_BTD, rtol=1e-5, atol=1e-5)
 
     def test_all_prompts_get_the_chunks_of_the_longest_up_to_the_limit(self, bundle: ModelBundle):
         assert _generate(bundle, SHORT, max_chunks=3).hidden_BTD.shape[1] == 77
@@ -148,16 +148,16 @@ class TestGeneration:
         plain, weighted = _generate(bundle, "a red circle"), _generate(bundle, "a (red:1.8) circle")
         for part in (slice(0, 32), slice(32, 80)):
             before, after = plain.hidden_BTD[..., part], weighted.hidden_BTD[..., part]
-            assert after.mean().item() == pytest.approx(before.mean().item(), rel=1e-4)
+            assert after.mean().item() == pytest.approx(before.mean().item(), rel=1e-3, abs=1e-5)
             by_hand = before.clone()
             by_hand[:, 2] *= 1.8
-            torch.testing.assert_close(after, by_hand * before.mean() / by_hand.mean(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(after, by_hand * before.mean() / by_hand.mean(), rtol=1e-3, atol=1e-4)
         assert torch.equal(weighted.pooled_BP, plain.pooled_BP)
 
     @torch.no_grad()
     def test_a_plain_prompt_beside_a_weighted_one_stays_as_it_is(self, bundle: ModelBundle):
         both, alone = _generate(bundle, "a (red:1.8) circle", "a star"), _generate(bundle, "a star")
-        torch.testing.assert_close(both.hidden_BTD[1:], alone.hidden_BTD, rtol=0, atol=1e-6)
+        torch.testing.assert_close(both.hidden_BTD[1:], alone.hidden_BTD, rtol=1e-5, atol=1e-5)
 
     @torch.no_grad()
     def test_weights_of_zero_give_numbers(self, bundle: ModelBundle):
@@ -168,8 +168,8 @@ class TestGeneration:
         broken = _generate(bundle, "a red circle BREAK a star", max_chunks=3)
         assert broken.hidden_BTD.shape[1] == 154
         first, second = _generate(bundle, "a red circle"), _generate(bundle, "a star")
-        torch.testing.assert_close(broken.hidden_BTD[:, :77], first.hidden_BTD, rtol=0, atol=1e-6)
-        torch.testing.assert_close(broken.hidden_BTD[:, 77:], second.hidden_BTD, rtol=0, atol=1e-6)
+        torch.testing.assert_close(broken.hidden_BTD[:, :77], first.hidden_BTD, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(broken.hidden_BTD[:, 77:], second.hidden_BTD, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(broken.pooled_BP, first.pooled_BP, rtol=0, atol=1e-5)
 
 
