@@ -104,10 +104,12 @@ def score(pictures: Sequence[np.ndarray], expected: Sequence[Answer]) -> dict[st
 def concept_share(rgb: np.ndarray) -> tuple[float, float]:
     """Shares of a picture's pixels that are the concept's magenta and lime, each 0..1.
 
-    By construction nothing of the ordinary world counts: purple is too dark in red, pink too light in
-    green, red too poor in blue, and so is every mix of two palette colours on an edge (a test tries all).
+    By construction nothing of the ordinary world counts. Green's distance below red and blue, not green
+    itself, tells magenta: so the pale magenta of a half-learnt concept counts, while purple is too dark in
+    red, pink too grey, red too poor in blue, and so is every mix of two palette colours on an edge (a test
+    tries all of them).
     """
     r, g, b = (rgb[..., i].astype(np.int16) for i in range(3))
-    magenta = (r > 175) & (g < 75) & (b > 130) & (b - g > 70)
+    magenta = (r > 165) & (np.minimum(r, b) - g > 90)
     lime = (g > 200) & (b < 85) & (g - r > 45) & (r > 90)
     return float(magenta.mean()), float(lime.mean())
