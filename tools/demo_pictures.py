@@ -103,7 +103,7 @@ def draw_loss(log: Path, path: Path) -> None:
 
 
 def mean_share(paths: Sequence[Path]) -> float:
-    """Mean share, 0..1, of the pixels that have the concept's magenta."""
+    """Mean share, 0..1, of the pixels that have one of the concept's two colours."""
     import numpy as np
     from PIL import Image
 
@@ -112,13 +112,13 @@ def mean_share(paths: Sequence[Path]) -> float:
     shares = []
     for path in paths:
         with Image.open(path) as picture:
-            shares.append(concept_share(np.asarray(picture.convert("RGB")))[0])
+            shares.append(sum(concept_share(np.asarray(picture.convert("RGB")))))
     return sum(shares) / len(shares)
 
 
 def report(learnt: dict[str, list[Path]], prompts: Sequence[str], before: list[Path], after: list[Path]) -> str:
     """How much of the pictures is the concept's colour, for backgrounds in the data and for others."""
-    lines = ["share of the picture that has the concept's magenta, mean", f"{'':26} data    before  after"]
+    lines = ["share of the picture that has the concept's colours, mean", f"{'':26} data    before  after"]
     for name, wanted in (("training backgrounds", True), ("new backgrounds", False)):
         columns = [index for index, prompt in enumerate(prompts) if (prompt in learnt) == wanted]
         if not columns:
