@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -85,6 +84,11 @@ def require_python(version: tuple) -> None:
         )
 
 
+def python_version() -> str:
+    """Such as "3.12": packages are built for it, and a newer patch of it does not matter."""
+    return "{}.{}".format(*sys.version_info)
+
+
 def venv_python() -> Path:
     """Path of .venv's interpreter, whether it is there or not."""
     return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -92,7 +96,7 @@ def venv_python() -> Path:
 
 def wanted_stamp(files: list[str]) -> dict[str, str]:
     """What .venv should hold: the interpreter's version and the digest of each requirements file."""
-    stamp = {"python": platform.python_version()}
+    stamp = {"python": python_version()}
     for name in files:
         text = (ROOT / name).read_text(encoding="utf-8").replace("\r\n", "\n")
         stamp[name] = hashlib.sha256(text.encode()).hexdigest()
@@ -120,7 +124,7 @@ def make_venv(stamp: dict[str, str]) -> None:
     """Create .venv unless a working one for this Python is there; torch may have been put into it beforehand."""
     if Path(sys.prefix).resolve() == VENV.resolve():
         return
-    version = platform.python_version()
+    version = python_version()
     if stamp.get("python", version) == version and has_pip(venv_python()):
         return
     try:
