@@ -8,8 +8,6 @@ from library.training.optim import GuardedUpdate, build_optimizer
 
 pytestmark = pytest.mark.gpu
 
-pytest_plugins = ["tests.e2e.conftest"]
-
 
 def test_fused_updates_skip_a_non_finite_gradient_on_the_device():
     parameter = torch.nn.Parameter(torch.ones(64, 64, device="cuda"))
