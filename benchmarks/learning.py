@@ -1,6 +1,6 @@
 """Does a LoRA learn? The share of the new concept's colours in generated pictures, before and after training.
 
-    python benchmarks/learning.py [--seeds 1 2 3] [--steps 200]
+    python benchmarks/learning.py [--seeds 1 2 3] [--steps 400]
 
 Trains the demo's LoRA (demo/lora.toml) and draws "a zxq" on the five backgrounds of the training pictures, with and
 without it, through the real scripts. The share is that of magenta and lime pixels, mean over the pictures.
@@ -59,7 +59,7 @@ def main() -> None:
     """Print the shares of every seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
     arguments = parser.parse_args()
     from benchmarks._machine import machine_class
 

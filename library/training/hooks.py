@@ -103,6 +103,12 @@ class LogHook:
         speed = (view.progress.samples - self._last_samples) / max(now - self._last_time, 1e-9)
         self._last_time, self._last_samples = now, view.progress.samples
         self.run_log.write(records, images_per_second=speed)
+        broken = int(sum(record["not_finite"] for record in records))
+        if broken:
+            log.warning(
+                f"{broken} samples of the last {len(records)} steps came out of the VAE as NaN and did not count; "
+                "--cache_latents names such images"
+            )
         self._bar.set_postfix_str(
             f"loss {view.meters.average or float('nan'):.4f}, {speed:.2f} img/s, {memory_text()}, "
             f"epoch {view.progress.epoch + 1}/{view.num_epochs}"

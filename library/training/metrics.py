@@ -65,9 +65,10 @@ def memory_text() -> str:
 class RunLog:
     """The JSONL file and the TensorBoard folder of a run, written by the main process only.
 
-    The JSONL file holds one object per optimizer step: `step`, `epoch`, `loss`, `loss_average`, `grad_norm` and
-    `lr/<group>` are functions of the run alone; `time` (seconds since the start) and `images_per_second` depend on the
-    machine. On resume the records after the resumed step are cut off first, so that a step never appears twice.
+    The JSONL file holds one object per optimizer step: `step`, `epoch`, `loss`, `loss_average`, `grad_norm`,
+    `not_finite` (samples without usable latents) and `lr/<group>` are functions of the run alone; `time` (seconds since
+    the start) and `images_per_second` depend on the machine. On resume the records after the resumed step are cut off
+    first, so that a step never appears twice.
     """
 
     def __init__(self, jsonl: Path, tensorboard_dir: Path, *, resumed_step: int) -> None:

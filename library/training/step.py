@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 
 class StepOutput(NamedTuple):
-    """loss: float32 scalar to optimise, the mean over the batch's real rows. loss_B: float32 per row, detached."""
+    """loss: float32 scalar to optimise, the mean over the batch's real rows. loss_B: float32 per row, detached.
+
+    not_finite: 0-d float32, how many rows the VAE could not encode; they carry no weight.
+    """
 
     loss: Tensor
     loss_B: Tensor
+    not_finite: Tensor
 
 
 class TrainStep(nn.Module):
@@ -65,6 +69,9 @@ class TrainStep(nn.Module):
     def forward(self, batch: Batch, draw: Draw) -> StepOutput:
         """Loss of one micro-batch; `batch` and `draw` are on the module's device."""
         latents = self._latents(batch, draw) * self.bundle.scaling_factor
+        finite_B = torch.isfinite(latents).flatten(1).all(dim=1)
+        latents = torch.where(finite_B.view(-1, 1, 1, 1), latents, 0.0)
+        weight_B = batch.weight_B * finite_B
         text = self._text(batch)
         noisy = self.schedule.add_noise(latents, draw.noise_BChw, draw.t_B)
         with self.trainable.forward_scope(batch):
@@ -74,7 +81,8 @@ class TrainStep(nn.Module):
         )
         loss_B = per_sample(self.elementwise_loss(prediction.float(), target.float()))
         # A rank can hold nothing but padding: the last batch of a bucket has fewer samples than there are ranks.
-        return StepOutput(weighted_mean(loss_B, batch.weight_B, max(batch.num_real, 1)), loss_B.detach())
+        loss = weighted_mean(loss_B, weight_B, max(batch.num_real, 1))
+        return StepOutput(loss, loss_B.detach(), (~finite_B).sum().float())
 
     def _latents(self, batch: Batch, draw: Draw) -> Tensor:
         if batch.latents_B4hw is not None:

@@ -91,7 +91,7 @@ class Trainer:
         """The micro-batches of one optimizer step, the update, the meters, the hooks."""
         progress = self.view.progress
         world = self.accelerator.num_processes
-        loss_sum = torch.zeros((), device=self.accelerator.device)
+        loss_sum, not_finite = torch.zeros(2, device=self.accelerator.device)
         for index, batch in enumerate(group.micro_batches):
             self._seed_dropout(index)
             with self._no_sync_unless_last(index, group):
@@ -100,11 +100,13 @@ class Trainer:
                 # DDP averages over ranks: times world makes the gradient that of the mean over the group's samples.
                 share = batch.num_real / group.samples
                 self.accelerator.backward(out.loss * (share * world))
-            loss_sum += out.loss.detach() * share
+            loss_sum = loss_sum + out.loss.detach() * share
+            not_finite = not_finite + out.not_finite
         norm = self.update()
         rates = self.scheduler.get_last_lr()
         self.scheduler.step()
-        scalars = {"loss": self._over_ranks(loss_sum), "grad_norm": norm, **self.trainable.after_step()}
+        loss_sum, not_finite = self._over_ranks(torch.stack([loss_sum, not_finite]))
+        scalars = {"loss": loss_sum, "grad_norm": norm, "not_finite": not_finite, **self.trainable.after_step()}
         progress.advance(group.samples)
         facts = {"step": progress.global_step, "epoch": progress.epoch + 1}
         names = [group["name"] for group in self.update.optimizer.param_groups]

@@ -159,3 +159,15 @@ def test_rates_decide_which_parts_train(bundle, make_trainable):
 
 def test_names_are_unique_over_all_parts(bundle):
     assert [root.prefix for root in adapter_roots(bundle)] == ["lora_te1", "lora_te2", "lora_unet"]
+
+
+def test_a_sample_that_is_not_finite_carries_no_weight_and_is_counted(bundle, trainable):
+    good, bad = _batch(bundle, rows=3, real=2), _batch(bundle, rows=3)
+    bad.latents_B4hw[2, 0, 3, 3] = float("nan")
+    step = _step(bundle, trainable)
+    expected, out = step(good, _draw(good)), step(bad, _draw(bad))
+    assert float(out.not_finite) == 1 and float(expected.not_finite) == 0
+    assert float(out.loss.detach()) == pytest.approx(float(expected.loss.detach()) * 2 / 3, rel=1e-5)
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in trainable.network.parameters() if p.grad is not None)
+    trainable.network.zero_grad()
