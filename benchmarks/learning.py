@@ -1,6 +1,6 @@
 """Does a LoRA learn? The share of the new concept's colours in generated pictures, before and after training.
 
-    python benchmarks/learning.py [--seeds 1 2 3] [--steps 400]
+    python benchmarks/learning.py [--seeds 1 2 3] [--steps 500]
 
 Trains the demo's LoRA (demo/lora.toml) and draws "a zxq" on the five backgrounds of the training pictures, with and
 without it, through the real scripts. The share is that of magenta and lime pixels, mean over the pictures.
@@ -30,7 +30,7 @@ def drawn_share(folder: Path, *flags: str) -> float:
     folder.mkdir(parents=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{text} --d {seed}\n" for seed in (1, 2) for text in PROMPTS))
-    arguments = ["--ckpt=tiny", f"--from_file={prompts}", f"--outdir={folder}", "--steps=10", "--scale=5"]
+    arguments = ["--ckpt=tiny", f"--from_file={prompts}", f"--outdir={folder}", "--steps=10", "--scale=3"]
     arguments += ["--sampler=euler_a", "--batch_size=10", *flags]
     if sdxl_gen_img.main(arguments):
         raise SystemExit("generation failed")
@@ -59,7 +59,7 @@ def main() -> None:
     """Print the shares of every seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
     arguments = parser.parse_args()
     from benchmarks._machine import machine_class
 

@@ -200,7 +200,7 @@ def docs(arguments: list[str]) -> None:
 def demo_steps(python: Path | str) -> list[tuple[str, list]]:
     """The demo's steps as (name, command), in order; each can be run again by itself."""
     generate = [python, "sdxl_gen_img.py", "--ckpt", "tiny", "--from_file", DEMO_PROMPTS, "--W", "128", "--H", "128"]
-    generate += ["--steps", "12", "--scale", "4", "--batch_size", "10", "--sequential_file_name", "--outdir"]
+    generate += ["--steps", "12", "--scale", "3", "--batch_size", "10", "--sequential_file_name", "--outdir"]
     network = ["--network_module", "networks.lora", "--network_weights", DEMO_LORA]
     launch = [python, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
