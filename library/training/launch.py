@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 import uuid
@@ -318,6 +317,7 @@ def _hooks(
         hooks.append(
             PreviewHook(
                 run.bundle,
+                state.trained,
                 run.previews,
                 run.preview_conditioning,
                 cfg.preview,
@@ -325,7 +325,6 @@ def _hooks(
                 cfg.save.output_name,
                 accelerator.device,
                 _text_form(cfg),
-                accelerator.autocast if cfg.loop.mixed_precision != "no" else contextlib.nullcontext,
                 accelerator.wait_for_everyone,
                 enabled=accelerator.is_main_process,
             )

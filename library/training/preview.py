@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from library.inference import launch as inference
 from library.inference.prompt_line import GenRequest
@@ -46,12 +47,14 @@ def file_name(event: Event, view: View, *, name: str | None, index: int, seed: i
 class PreviewHook:
     """Generates the prompts of `--sample_prompts` with the weights as they are.
 
-    enabled: whether this process makes the pictures; the others wait for it. conditioning: the encoded prompts when the
-    text encoders do not change, else None (encoded anew each time). Pictures draw from generators of their own, so that
-    training numbers do not depend on them.
+    trained: the module that owns the trained parameters; it leaves training mode for the pictures, or its dropout would
+    show in them. conditioning: the encoded prompts when the text encoders do not change, else None (encoded anew each
+    time). enabled: whether this process makes the pictures; the others wait for it. Pictures draw from generators of
+    their own, so that training numbers do not depend on them.
     """
 
     bundle: ModelBundle
+    trained: nn.Module
     requests: Sequence[GenRequest]
     conditioning: Any
     settings: Any
@@ -59,7 +62,6 @@ class PreviewHook:
     name: str | None
     device: torch.device
     text_form: TextForm
-    autocast: Callable[[], Any]
     wait: Callable[[], None]
     enabled: bool = True
 
@@ -70,16 +72,15 @@ class PreviewHook:
             self.wait()
 
     def _make(self, event: Event, view: View) -> None:
-        modules = [
-            m for m in (self.bundle.unet, self.bundle.text_encoder_1, self.bundle.text_encoder_2) if m is not None
-        ]
+        parts = (self.bundle.unet, self.bundle.text_encoder_1, self.bundle.text_encoder_2, self.trained)
+        modules = [module for module in parts if module is not None]
         was_training = [module.training for module in modules]
         self.folder.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%d%H%M%S")
         try:
             for module in modules:
                 module.eval()
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad():
                 pictures = inference.generate(
                     self.bundle,
                     self.requests,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.data.types import Batch
 from library.diffusion.conditioning import TextCond
 from library.diffusion.reduce import per_sample, weighted_mean
+from library.diffusion.schedule import NoiseSchedule
 from library.diffusion.targets import training_target
 from library.models.families import sdxl
 from library.training.draws import Draw
@@ -59,7 +60,8 @@ class TrainStep(nn.Module):
         self.bundle = bundle
         self.trainable = trainable
         self.elementwise_loss = elementwise_loss
-        self.schedule = bundle.schedule
+        # A buffer, so that it moves to the device with the module; float64, so that it keeps its precision.
+        self.register_buffer("alphas_cumprod_N", bundle.schedule.alphas_cumprod_N, persistent=False)
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
         buffers = [name for name, _ in self.named_buffers()]
         # Frozen weights are equal on all ranks because they came from one file: broadcasting gigabytes of them when
@@ -73,11 +75,12 @@ class TrainStep(nn.Module):
         latents = torch.where(finite_B.view(-1, 1, 1, 1), latents, 0.0)
         weight_B = batch.weight_B * finite_B
         text = self._text(batch)
-        noisy = self.schedule.add_noise(latents, draw.noise_BChw, draw.t_B)
+        schedule = NoiseSchedule(self.alphas_cumprod_N)
+        noisy = schedule.add_noise(latents, draw.noise_BChw, draw.t_B)
         with self.trainable.forward_scope(batch):
             prediction = sdxl.predict(self.unet, noisy, draw.t_B, text, batch.sizes_B6)
         target = training_target(
-            self.bundle.prediction_type, schedule=self.schedule, x0=latents, noise=draw.noise_BChw, t=draw.t_B
+            self.bundle.prediction_type, schedule=schedule, x0=latents, noise=draw.noise_BChw, t=draw.t_B
         )
         loss_B = per_sample(self.elementwise_loss(prediction.float(), target.float()))
         # A rank can hold nothing but padding: the last batch of a bucket has fewer samples than there are ranks.
@@ -87,7 +90,8 @@ class TrainStep(nn.Module):
     def _latents(self, batch: Batch, draw: Draw) -> Tensor:
         if batch.latents_B4hw is not None:
             return batch.latents_B4hw.float()
-        with torch.no_grad():
+        # The VAE has a precision of its own (--no_half_vae), which autocast would overrule.
+        with torch.no_grad(), torch.autocast(batch.pixels_B3HW.device.type, enabled=False):
             return sdxl.encode_image(self.bundle.vae, batch.pixels_B3HW, draw.posterior_BChw).float()
 
     def _text(self, batch: Batch) -> TextCond:
