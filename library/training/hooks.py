@@ -85,7 +85,7 @@ class LogHook:
                 disable=not self.show_bar,
             )
         elif event is Event.STEP:
-            self._bar.update(1)
+            self._show(lambda: self._bar.update(1))
             if progress.global_step % self.every == 0 or progress.global_step == view.total_steps or view.stop:
                 self.flush(view)
         elif event is Event.END:
@@ -109,10 +109,16 @@ class LogHook:
                 f"{broken} samples of the last {len(records)} steps came out of the VAE as NaN and did not count; "
                 "--cache_latents names such images"
             )
-        self._bar.set_postfix_str(
-            f"loss {view.meters.average or float('nan'):.4f}, {speed:.2f} img/s, {memory_text()}, "
-            f"epoch {view.progress.epoch + 1}/{view.num_epochs}"
-        )
+        text = f"loss {view.meters.average or float('nan'):.4f}, {speed:.2f} img/s, {memory_text()}, "
+        text += f"epoch {view.progress.epoch + 1}/{view.num_epochs}"
+        self._show(lambda: self._bar.set_postfix_str(text))
+
+    def _show(self, change: Callable[[], Any]) -> None:
+        """Change the bar; whoever reads it may have gone (`... | head`), which must not end the run."""
+        try:
+            change()
+        except BrokenPipeError:
+            self._bar.disable = True
 
 
 @dataclass
