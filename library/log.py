@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 _MARK = "_sdxl_suite_handler"
 
@@ -16,6 +18,24 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module; usage: `log = get_logger(__name__)`."""
     return logging.getLogger(name)
+
+
+class Console:
+    """Standard error for progress bars: whoever reads it may have gone (`... | head`), which must not end a run."""
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def current_rank() -> int:

@@ -20,6 +20,7 @@ from library.inference.guidance import guided
 from library.inference.prompt_line import CELL, MAX_SEED, GenRequest
 from library.inference.samplers import make_scheduler, start_noise
 from library.inference.texts import Conditioning, TextForm
+from library.log import Console
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl
 from networks._network import AdapterNetwork
@@ -76,7 +77,9 @@ def generate(
     total = sum(request.steps for request in requests)
     with (
         _on(device, bundle.unet, bundle.vae),
-        tqdm(total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None) as bar,
+        tqdm(
+            total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None, file=Console()
+        ) as bar,
     ):
         for batch in _batches(requests, batch_size, conditioning):
             with _strengths(networks, batch[0]):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from library.log import get_logger
+from library.log import Console, get_logger
 from library.training import naming
 from library.training.metrics import Meters, RunLog, memory_text
 from library.training.state import Progress
@@ -83,9 +83,10 @@ class LogHook:
                 mininterval=0.2 if sys.stderr.isatty() else 10,
                 dynamic_ncols=True,
                 disable=not self.show_bar,
+                file=Console(),
             )
         elif event is Event.STEP:
-            self._show(lambda: self._bar.update(1))
+            self._bar.update(1)
             if progress.global_step % self.every == 0 or progress.global_step == view.total_steps or view.stop:
                 self.flush(view)
         elif event is Event.END:
@@ -111,14 +112,7 @@ class LogHook:
             )
         text = f"loss {view.meters.average or float('nan'):.4f}, {speed:.2f} img/s, {memory_text()}, "
         text += f"epoch {view.progress.epoch + 1}/{view.num_epochs}"
-        self._show(lambda: self._bar.set_postfix_str(text))
-
-    def _show(self, change: Callable[[], Any]) -> None:
-        """Change the bar; whoever reads it may have gone (`... | head`), which must not end the run."""
-        try:
-            change()
-        except BrokenPipeError:
-            self._bar.disable = True
+        self._bar.set_postfix_str(text)
 
 
 @dataclass
