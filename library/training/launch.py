@@ -76,6 +76,8 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     """
     for notice in cfg.notices:
         log.info(notice)
+    if cfg.loop.resume:
+        read_description(Path(cfg.loop.resume))  # a folder that cannot be resumed is known before the model is loaded
     accelerator = _accelerator(cfg, trainable)
     run = _prepare(cfg, trainable, accelerator)
     trainer, state = _assemble(run)

@@ -43,6 +43,8 @@ class NetworkTrainable:
             )
         self.parts = _parts(cfg)
         self.trains = frozenset(part for part in self.parts if self._rate(part))
+        # Read now: a broken file is found before the model is loaded, and a network is small.
+        self._weights = _read(cfg.network.network_weights) if cfg.network.network_weights else None
         self.network: AdapterNetwork
 
     def _rate(self, part: Part) -> float:
@@ -57,9 +59,8 @@ class NetworkTrainable:
         """Build the network on `bundle`, load `--network_weights`, and hook it into the forward passes."""
         settings = self.cfg.network
         roots = [root for root in adapter_roots(bundle) if root.part in self.parts]
-        tensors = _read(settings.network_weights) if settings.network_weights else None
         if settings.dim_from_weights:
-            self.network = self.module.create_from_weights(roots, tensors, where=settings.network_weights)
+            self.network = self.module.create_from_weights(roots, self._weights, where=settings.network_weights)
         else:
             self.network = self.module.create(
                 roots,
@@ -68,8 +69,9 @@ class NetworkTrainable:
                 dropout=settings.network_dropout,
                 args=settings.network_kwargs(),
             )
-            if tensors is not None:
-                self.network.load(tensors, where=settings.network_weights)
+            if self._weights is not None:
+                self.network.load(self._weights, where=settings.network_weights)
+        self._weights = None
         self.network.attach()
         return self.network
 
