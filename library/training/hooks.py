@@ -116,6 +116,21 @@ class LogHook:
 
 
 @dataclass
+class DrainHook:
+    """Empties the meters of processes that write no log."""
+
+    every: int
+
+    def __call__(self, event: Event, view: View) -> None:
+        if event is Event.STEP and view.progress.global_step % self.every == 0:
+            self.flush(view)
+
+    def flush(self, view: View) -> None:
+        """Forget everything collected so far."""
+        view.meters.flush()
+
+
+@dataclass
 class SaveHook:
     """Checkpoints and states by epoch, by step, on a stop and at the end, with the keep rules of `naming`.
 

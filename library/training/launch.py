@@ -33,7 +33,7 @@ from library.sizes import Size
 from library.training import metadata as meta
 from library.training import naming
 from library.training.draws import Draws
-from library.training.hooks import LogHook, NonFiniteHook, SaveHook, StopHook, View
+from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
 from library.training.lr import build_scheduler
 from library.training.metrics import Meters, RunLog
 from library.training.optim import GuardedUpdate, build_optimizer
@@ -287,14 +287,12 @@ def _hooks(
     stop = StopHook(agree=None if accelerator.num_processes == 1 else partial(_any_rank, accelerator), every=every)
     hooks: list[Any] = [stop, NonFiniteHook(lambda: update.skipped, every)]
     names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name)
-    flush: Callable[[View], None] = lambda view: view.meters.flush() and None  # noqa: E731
     if accelerator.is_main_process:
-        resumed = 0
-        if cfg.loop.resume:
-            resumed = read_description(Path(cfg.loop.resume))["progress"]["global_step"]
-        log_hook = LogHook(_run_log(cfg, resumed), every)
-        flush = log_hook.flush
-        hooks.append(log_hook)
+        resumed = read_description(Path(cfg.loop.resume))["progress"]["global_step"] if cfg.loop.resume else 0
+        meter_hook: LogHook | DrainHook = LogHook(_run_log(cfg, resumed), every)
+    else:
+        meter_hook = DrainHook(every)
+    hooks.append(meter_hook)
     writer = ModelWriter(
         run.trainable,
         dtype=save_dtype(cfg.save.save_precision),
@@ -311,7 +309,7 @@ def _hooks(
             cfg.save.model_copy(update={"save_every_n_epochs": period}),
             save_model=partial(_on_main, accelerator, writer),
             save_state=partial(_on_main, accelerator, state.save),
-            flush=flush,
+            flush=meter_hook.flush,
             is_main=accelerator.is_main_process,
         )
     )
