@@ -23,7 +23,6 @@ from library.inference import encode_pass
 from library.inference import launch as inference
 from library.inference.prompt_line import GenRequest, read_prompt_file
 from library.inference.texts import TextForm
-from library.io import hashing
 from library.log import get_logger
 from library.models import attention, checkpoint, memory
 from library.models.families import sdxl
@@ -84,7 +83,15 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     if cfg.loop.resume:
         for sentence in state.load(Path(cfg.loop.resume)):
             log.warning(f"--resume {cfg.loop.resume}: {sentence}")
-    trainer.run()
+    try:
+        trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory: {str(error).splitlines()[0]}",
+            where=f"step {trainer.view.progress.global_step + 1}",
+            fix="use --gradient_checkpointing, --mixed_precision bf16, --cache_latents, --cache_text_encoder_outputs "
+            "with --network_train_unet_only, a smaller --train_batch_size or a smaller --resolution",
+        ) from error
     accelerator.end_training()
     return trainer.view.progress
 
@@ -298,7 +305,7 @@ def _hooks(
         dtype=save_dtype(cfg.save.save_precision),
         metadata=_metadata(run, optimizer, length),
         cfg=cfg,
-        prediction_type=run.bundle.prediction_type,
+        bundle=run.bundle,
     )
     period = cfg.save.save_every_n_epochs
     if cfg.save.save_n_epoch_ratio:
@@ -363,7 +370,6 @@ def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
         num_batches_per_epoch=data.batches_per_epoch,
         num_epochs=length.num_epochs,
         max_train_steps=length.total_steps,
-        model_hashes=_model_hashes(cfg, run.bundle),
     )
     return meta.network_metadata(
         cfg.flat(),
@@ -371,16 +377,3 @@ def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
         data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
         run.trainable.export(None).metadata,
     )
-
-
-def _model_hashes(cfg: RunConfig, bundle: ModelBundle) -> dict[str, str]:
-    found = {"ss_sd_model_name": Path(bundle.source).name}
-    if bundle.resolved_path.is_file():
-        found["ss_sd_model_hash"] = hashing.legacy_hash(bundle.resolved_path)
-        found["ss_new_sd_model_hash"] = hashing.sha256_file(bundle.resolved_path)
-    if cfg.model.vae:
-        found["ss_vae_name"] = Path(cfg.model.vae).name
-        if Path(cfg.model.vae).is_file():
-            found["ss_vae_hash"] = hashing.legacy_hash(Path(cfg.model.vae))
-            found["ss_new_vae_hash"] = hashing.sha256_file(Path(cfg.model.vae))
-    return found

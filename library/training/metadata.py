@@ -91,7 +91,6 @@ class RunDescription:
     num_batches_per_epoch: int
     num_epochs: int
     max_train_steps: int
-    model_hashes: Mapping[str, str]
 
 
 def optimizer_text(optimizer: Any, arguments: Mapping[str, Any]) -> str:
@@ -129,7 +128,6 @@ def network_metadata(
         "ss_v2": False,
         "ss_base_model_version": "sdxl_base_v1-0",
     }
-    values |= run.model_hashes
     strings = {key: ss_value(value) for key, value in values.items()}
     return strings | dict(dataset) | dict(network)
 

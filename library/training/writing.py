@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +16,14 @@ import torch
 from library.io import hashing
 from library.io.modelspec import modelspec_metadata, thumbnail_url
 from library.io.safetensors_file import save
-from library.log import get_logger
+from library.log import current_rank, get_logger
 from library.training import metadata as meta
 from library.training.hooks import View
 from library.training.trainable import Trainable
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
+    from library.models.bundle import ModelBundle
 
 log = get_logger(__name__)
 
@@ -26,7 +31,8 @@ log = get_logger(__name__)
 class ModelWriter:
     """Called as `writer(path, view)`: exports the trainable, completes the metadata, writes atomically.
 
-    metadata: the ss_* part that does not change while training.
+    metadata: the ss_* part that does not change while training. The hashes of the base model's files are computed
+    behind the first steps, because reading a checkpoint of 7 GB whole would hold the start up by half a minute.
     """
 
     def __init__(
@@ -36,10 +42,16 @@ class ModelWriter:
         dtype: torch.dtype | None,
         metadata: dict[str, str],
         cfg: RunConfig,
-        prediction_type: str,
+        bundle: ModelBundle,
     ) -> None:
         self.trainable, self.dtype, self.metadata, self.cfg = trainable, dtype, metadata, cfg
-        self.prediction_type = prediction_type
+        self.prediction_type = bundle.prediction_type
+        self._hashes: Future[dict[str, str]] = Future()
+        if cfg.network.no_metadata or current_rank():  # other ranks write no files
+            self._hashes.set_result({})
+        else:
+            work = partial(_settle, self._hashes, partial(model_hashes, bundle, vae=cfg.model.vae))
+            Thread(target=work, name="model hashes", daemon=True).start()
 
     def __call__(self, path: Path, view: View) -> None:
         """Write one checkpoint to `path`."""
@@ -47,7 +59,7 @@ class ModelWriter:
         progress = view.progress
         epoch = progress.epoch if progress.step_in_epoch == 0 else progress.epoch + 1
         training = meta.at_save(
-            self.metadata | artifact.metadata,
+            self.metadata | self._hashes.result() | artifact.metadata,
             finished_at=time.time(),
             steps=progress.global_step,
             epoch=epoch,
@@ -76,3 +88,24 @@ class ModelWriter:
             clip_skip=cfg.model.clip_skip,
             fields=fields,
         )
+
+
+def _settle(future: Future[dict[str, str]], work: Callable[[], dict[str, str]]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:  # handed to whoever asks for the result
+        future.set_exception(error)
+
+
+def model_hashes(bundle: ModelBundle, *, vae: str | None) -> dict[str, str]:
+    """Names and hashes of the files that a run starts from (model_files.md section 10); folders have only a name."""
+    found = {"ss_sd_model_name": Path(bundle.source).name}
+    if bundle.resolved_path.is_file():
+        found["ss_sd_model_hash"] = hashing.legacy_hash(bundle.resolved_path)
+        found["ss_new_sd_model_hash"] = hashing.sha256_file(bundle.resolved_path)
+    if vae:
+        found["ss_vae_name"] = Path(vae).name
+        if Path(vae).is_file():
+            found["ss_vae_hash"] = hashing.legacy_hash(Path(vae))
+            found["ss_new_vae_hash"] = hashing.sha256_file(Path(vae))
+    return found

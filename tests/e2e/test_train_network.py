@@ -51,6 +51,7 @@ def test_files_names_and_metadata(train):
     assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert found["modelspec.prediction_type"] == "epsilon"
     assert len(found["sshs_model_hash"]) == 64
+    assert found["ss_sd_model_name"] == "tiny" and len(found["ss_new_sd_model_hash"]) == 64
     assert json.loads(found["ss_tag_frequency"])
     assert log_of(output)[-1]["step"] == int(found["ss_steps"])
 

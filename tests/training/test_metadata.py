@@ -93,7 +93,6 @@ def _metadata(tmp_path, **options):
         num_batches_per_epoch=2,
         num_epochs=4,
         max_train_steps=8,
-        model_hashes={"ss_sd_model_name": "tiny"},
     )
     return meta.network_metadata(cfg.flat(), run, {"ss_datasets": "[]"}, {"ss_network_dim": "16"})
 
