@@ -44,6 +44,15 @@ def _learning_rate(cfg: RunConfig) -> Iterator[str]:
     for name, scheduler in acting.items():
         if cfg.get(name) != 1 and cfg.optim.lr_scheduler != scheduler:
             yield f"{name} has no effect: it acts with lr_scheduler {scheduler}, not {cfg.optim.lr_scheduler}"
+    arguments = cfg.optim.optimizer_kwargs()
+    relative = arguments.get("relative_step", True) or arguments.get("warmup_init", False)
+    if cfg.optim.optimizer_type == "Adafactor" and relative:
+        for name in ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"):
+            if cfg.is_given(name):
+                yield (
+                    f"{name} has no effect: Adafactor sets its own rate; to set it, use optimizer_args "
+                    '["relative_step=False", "scale_parameter=False", "warmup_init=False"]'
+                )
 
 
 def _network(cfg: RunConfig) -> Iterator[str]:

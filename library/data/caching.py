@@ -139,7 +139,9 @@ def exchange(mine: T) -> list[T]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [mine]
     everything: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everything, mine)
+    # Objects go through the host: NCCL would need room for all of them on every GPU.
+    group = torch.distributed.new_group(backend="gloo") if torch.distributed.get_backend() == "nccl" else None
+    torch.distributed.all_gather_object(everything, mine, group=group)
     return everything
 
 

@@ -13,6 +13,13 @@ def configure(unet: Any, *, xformers: bool, device: torch.device | str) -> None:
 
     Raises UserError without a CUDA device or without the package. Text encoders and VAE keep PyTorch's attention.
     """
+    check(xformers=xformers, device=device)
+    if xformers:
+        unet.enable_xformers_memory_efficient_attention()
+
+
+def check(*, xformers: bool, device: torch.device | str) -> None:
+    """Raise UserError when xformers is asked for and cannot work here; needs no model."""
     if not xformers:
         return
     if torch.device(device).type != "cuda":
@@ -25,4 +32,3 @@ def configure(unet: Any, *, xformers: bool, device: torch.device | str) -> None:
             where="--xformers",
             fix="pip install xformers, or use --sdpa, which needs nothing",
         )
-    unet.enable_xformers_memory_efficient_attention()

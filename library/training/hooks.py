@@ -155,7 +155,7 @@ class SaveHook:
             self._checkpoint(self.names.epoch_stem(progress.epoch), view, with_state=s.save_state)
             self._forget_epochs(progress.epoch)
         elif event is Event.END:
-            if view.stop:
+            if view.stop and progress.global_step < view.total_steps:
                 stem = self.names.step_stem(progress.global_step)
                 self._checkpoint(stem, view, with_state=True)
                 log.warning(f"{view.stop_reason}; continue with --resume {self.names.state(stem)}")
@@ -199,12 +199,11 @@ class SaveHook:
 class StopHook:
     """Turns the first Ctrl-C or SIGTERM into a stop after the running step; a second Ctrl-C ends the process at once.
 
-    agree: makes all ranks see the same answer (a signal can reach them in different steps); it is asked every
-    `every` steps when there are several ranks.
+    agree: makes all ranks see the same answer, after every step: a signal can reach them in different ones, and
+    launchers kill workers that do not end within 30 seconds. None with one process.
     """
 
     agree: Callable[[bool], bool] | None = None
-    every: int = 1
     _seen: str = ""
     _previous: dict[int, Any] = field(default_factory=dict)
 
@@ -217,9 +216,7 @@ class StopHook:
                     return
         elif event is Event.STEP:
             seen = bool(self._seen)
-            if self.agree is not None:
-                seen = self.agree(seen) if view.progress.global_step % self.every == 0 else False
-            if seen:
+            if self.agree(seen) if self.agree is not None else seen:
                 view.request_stop(
                     f"stopped by {self._seen or 'another process'} after step {view.progress.global_step}"
                 )
@@ -231,7 +228,8 @@ class StopHook:
         if self._seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._seen = signal.Signals(number).name
-        tqdm.write(f"{self._seen}: finishing this step, then saving (Ctrl-C again to quit without saving)")
+        words = "finishing this step, then saving (Ctrl-C again to quit without saving)"
+        tqdm.write(f"{self._seen}: {words}", file=Console())
 
 
 @dataclass

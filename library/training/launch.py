@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 import uuid
 from collections.abc import Callable
@@ -14,28 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
 
 from library.config.dataset_file import dataset_specs
 from library.data.dataset import TrainData, build_train_data
 from library.errors import UserError
 from library.inference import encode_pass
 from library.inference import launch as inference
-from library.inference.prompt_line import GenRequest, read_prompt_file
 from library.inference.texts import TextForm
 from library.log import get_logger
 from library.models import attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
 from library.plugins import load_plugin
-from library.sizes import Size
+from library.training import early, naming
 from library.training import metadata as meta
-from library.training import naming
 from library.training.draws import Draws
 from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
-from library.training.lr import build_scheduler
 from library.training.metrics import Meters, RunLog
-from library.training.optim import GuardedUpdate, build_optimizer
+from library.training.optim import GuardedUpdate
 from library.training.plan import Schedule, end_text, plan_text, schedule
 from library.training.precision import save_dtype, weight_dtype
 from library.training.preview import PreviewHook
@@ -75,14 +70,12 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     """
     for notice in cfg.notices:
         log.info(notice)
-    if cfg.loop.resume:
-        read_description(Path(cfg.loop.resume))  # a folder that cannot be resumed is known before the model is loaded
     accelerator = _accelerator(cfg, trainable)
+    early.check(cfg, accelerator)
     run = _prepare(cfg, trainable, accelerator)
     trainer, state = _assemble(run)
     if cfg.loop.resume:
-        for sentence in state.load(Path(cfg.loop.resume)):
-            log.warning(f"--resume {cfg.loop.resume}: {sentence}")
+        _resume(Path(cfg.loop.resume), state, trainer.update.optimizer)
     try:
         trainer.run()
     except torch.OutOfMemoryError as error:
@@ -106,11 +99,28 @@ def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
     return Accelerator(mixed_precision=cfg.loop.mixed_precision, cpu=on_cpu, kwargs_handlers=[ddp])
 
 
+def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
+    """Load the state, and say what of it overrules this run's settings or cannot be exact."""
+
+    def rates() -> list[float | None]:
+        return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+
+    asked = rates()
+    sentences = state.load(folder)
+    if rates() != asked:
+        sentences.append(
+            f"the learning rates are the state's {rates()}, not {asked} of this run; to change them, start from its "
+            "weights with --network_weights instead"
+        )
+    for sentence in sentences:
+        log.warning(f"--resume {folder}: {sentence}")
+
+
 def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> Run:
     """Data, previews and base model, checked in the order of what costs least; caches are built."""
-    seed = _agreed_seed(cfg.loop.seed, accelerator)
+    seed = early.agreed_seed(cfg, accelerator)
     specs = dataset_specs(cfg)
-    previews = _preview_requests(cfg, specs[0].resolution)
+    previews = early.preview_requests(cfg, specs[0].resolution)
     data = build_train_data(
         specs,
         seed=seed,
@@ -143,20 +153,6 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
     run = Run(cfg, accelerator, trainable, seed, data, bundle, False, False, previews, None)
     _fill_caches(run)
     return run
-
-
-def _agreed_seed(seed: int | None, accelerator: Accelerator) -> int:
-    chosen = [seed if seed is not None else random.SystemRandom().randrange(2**32)]
-    broadcast_object_list(chosen)
-    if seed is None:
-        log.info(f"seed {chosen[0]} (drawn, because --seed is not given)")
-    return chosen[0]
-
-
-def _preview_requests(cfg: RunConfig, size: Size) -> list[GenRequest]:
-    if not cfg.preview.sample_prompts:
-        return []
-    return read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
 
 
 def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:
@@ -234,27 +230,14 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
         max_train_steps=cfg.loop.max_train_steps,
         max_train_epochs=cfg.loop.max_train_epochs,
     )
-    optimizer = build_optimizer(
-        groups,
-        optimizer_type="AdamW8bit" if cfg.optim.use_8bit_adam else cfg.optim.optimizer_type,
-        learning_rate=cfg.optim.learning_rate,
-        arguments=cfg.optim.optimizer_kwargs(),
-    )
-    scheduler = build_scheduler(
-        optimizer,
-        name=cfg.optim.lr_scheduler,
-        total_steps=length.total_steps,
-        warmup=cfg.optim.lr_warmup_steps,
-        num_cycles=cfg.optim.lr_scheduler_num_cycles,
-        power=cfg.optim.lr_scheduler_power,
-        arguments=cfg.optim.scheduler_kwargs(),
-    )
+    optimizer = early.optimizer(cfg, groups)
+    scheduler = early.scheduler(cfg, optimizer, total_steps=length.total_steps)
     update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)
     view = View(Progress(), length.total_steps, length.num_epochs, Meters())
     state = _state(run, trained, optimizer, scheduler, view)
     hooks = _hooks(run, view, state, optimizer, length, update)
     draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
-    say_plan = partial(_say_plan, run, groups, length, view)
+    say_plan = partial(_say_plan, run, optimizer.param_groups, length, view)
     trainer = Trainer(accelerator, wrapped, trainable, run.data, draws, update, scheduler, view, hooks, say_plan)
     return trainer, state
 
@@ -291,7 +274,7 @@ def _hooks(
 ) -> list[Any]:
     cfg, accelerator = run.cfg, run.accelerator
     every = cfg.loop.log_every_n_steps
-    stop = StopHook(agree=None if accelerator.num_processes == 1 else partial(_any_rank, accelerator), every=every)
+    stop = StopHook(None if accelerator.num_processes == 1 else partial(_any_rank, accelerator))
     hooks: list[Any] = [stop, NonFiniteHook(lambda: update.skipped, every)]
     names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name)
     if accelerator.is_main_process:

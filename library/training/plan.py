@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from library.data.dataset import DataSummary
-from library.training.trainable import ParamGroup
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def end_text(seconds_per_step: float | None, steps_left: int, *, now: datetime) 
 
 
 def plan_text(
-    data: DataSummary, groups: Sequence[ParamGroup], run: Schedule, *, batch: str, precision: str, end: str
+    data: DataSummary, groups: Sequence[Mapping[str, Any]], run: Schedule, *, batch: str, precision: str, end: str
 ) -> str:
     """Images, buckets, repeats, steps, epochs, trained parameters and the estimated end, one fact a line.
 
@@ -57,7 +57,13 @@ def plan_text(
     row("steps", f"{run.total_steps} in {run.num_epochs} epochs of {run.steps_per_epoch}")
     for group in groups:
         count = sum(p.numel() for p in group["params"])
-        row("trains", f"{group['name']}: {count:,} parameters in {len(group['params'])} tensors, lr {group['lr']:g}")
+        row("trains", f"{group['name']}: {count:,} parameters in {len(group['params'])} tensors, lr {_rate(group)}")
     row("precision", precision)
     row("end", end)
     return "\n".join(lines)
+
+
+def _rate(group: Mapping[str, Any]) -> str:
+    """The rate before the schedule changes it; None stands for an optimizer that sets its own."""
+    rate = group.get("initial_lr", group["lr"])
+    return "set by the optimizer" if rate is None else f"{rate:g}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from library.errors import UserError
 from library.inference import launch as inference
 from library.inference.prompt_line import GenRequest
 from library.inference.texts import TextForm
@@ -75,9 +76,9 @@ class PreviewHook:
         parts = (self.bundle.unet, self.bundle.text_encoder_1, self.bundle.text_encoder_2, self.trained)
         modules = [module for module in parts if module is not None]
         was_training = [module.training for module in modules]
-        self.folder.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%d%H%M%S")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             for module in modules:
                 module.eval()
             with torch.no_grad():
@@ -91,8 +92,8 @@ class PreviewHook:
                 for index, (request, picture) in enumerate(pictures):
                     target = file_name(event, view, name=self.name, index=index, seed=request.seed, stamp=stamp)
                     picture.save(self.folder / target)
-        except (RuntimeError, ValueError) as error:
-            # A picture is never worth the run: memory may be short only while decoding.
+        except (RuntimeError, ValueError, OSError, UserError) as error:
+            # A picture is never worth the run: memory or disk may be short only now.
             log.warning(f"no sample pictures this time: {error}")
         finally:
             for module, training in zip(modules, was_training, strict=True):

@@ -115,6 +115,7 @@ class TrainingState:
                 where=f"--resume {folder}",
                 fix="resume with the network settings (module, dim, arguments) that the state was saved with",
             )
+        sentences = _alphas(current, stored)
         self.trained.load_state_dict(stored)
         for name, owner in self.others.items():
             part = folder / f"{name}.pt"
@@ -122,7 +123,7 @@ class TrainingState:
                 raise UserError(f"{part.name} is missing", where=f"--resume {folder}", fix="resume from another state")
             _load_into(owner, torch.load(part, map_location="cpu", weights_only=True), where=str(part))
         vars(self.progress).update(description["progress"])
-        return self._check_facts(RunFacts(**description["facts"]))
+        return sentences + self._check_facts(RunFacts(**description["facts"]))
 
     def _check_facts(self, saved: RunFacts) -> list[str]:
         changed = [name for name, value in asdict(saved).items() if asdict(self.facts)[name] != value]
@@ -154,6 +155,13 @@ def read_description(folder: Path) -> dict[str, Any]:
             fix="resume with the version that wrote it",
         )
     return description
+
+
+def _alphas(current: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> list[str]:
+    names = [name for name in stored if name.endswith(".alpha") and float(stored[name]) != float(current[name])]
+    if not names:
+        return []
+    return [f"network_alpha is the state's ({float(stored[names[0]]):g}), not {float(current[names[0]]):g} of this run"]
 
 
 def _load_into(owner: Stateful, state: Mapping[str, Any], *, where: str) -> None:

@@ -61,6 +61,8 @@ class Trainer:
             if progress.step_in_epoch >= self.data.steps_per_epoch:
                 progress.next_epoch()
                 self._fire(Event.EPOCH)
+        if not started:  # a finished run was resumed
+            self._fire(Event.START)
         self._fire(Event.END)
 
     def _seconds_per_step(self, group: StepGroup) -> float | None:
@@ -78,7 +80,9 @@ class Trainer:
             out = self.step(batch.to(self.accelerator.device), self._draw(batch).to(self.accelerator.device))
             self.accelerator.backward(out.loss)
             out.loss.item()
-            seconds = time.perf_counter() - begin
+            elapsed = torch.tensor(time.perf_counter() - begin, device=self.accelerator.device)
+            # Agreed on, because all ranks must make the same number of passes.
+            seconds = self._over_ranks(elapsed).item() / self.accelerator.num_processes
             self.update.optimizer.zero_grad(set_to_none=True)
             if seconds > 10:
                 break
@@ -134,5 +138,6 @@ class Trainer:
         return self.accelerator.reduce(value, reduction="sum")
 
     def _fire(self, event: Event) -> None:
-        for hook in self.hooks:
+        """Tell every hook; at the end in reverse, so that what was set up first is taken down last."""
+        for hook in reversed(self.hooks) if event is Event.END else self.hooks:
             hook(event, self.view)

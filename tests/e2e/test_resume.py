@@ -59,3 +59,16 @@ def test_gradient_checkpointing_does_not_change_a_run(train):
     for one, other in zip(plain, checkpointed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.e2e
+def test_a_finished_run_resumes_to_itself_and_the_state_brings_the_seed_and_the_rate(train, capfd):
+    whole = train("out", "--max_train_steps=3", "--save_state", "--seed=11")
+    before = load_file(whole / "net.safetensors")
+    argv = ["--max_train_steps=3", "--learning_rate=1e-5", f"--resume={whole / 'net-state'}", "--save_state"]
+    train("out", *argv)
+    after = load_file(whole / "net.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    told = capfd.readouterr().err
+    assert "run_seed differ" in told, "--seed=7 of the command line is not the state's 11"
+    assert "the learning rates are the state's" in told

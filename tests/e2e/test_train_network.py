@@ -145,3 +145,14 @@ def test_problems_are_reported_together_with_exit_code_2(capsys, tmp_path):
     assert code == 2
     text = capsys.readouterr().err
     assert "no.safetensors" in text and "nowhere" in text and "abc" in text and "conv_dim" in text
+
+
+@pytest.mark.e2e
+def test_sample_pictures_that_cannot_be_written_do_not_end_the_run(train, tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sample").write_text("a file is in the way")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --w 64 --h 64 --s 2\n")
+    output = train("out", "--max_train_steps=2", f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    assert "no sample pictures this time" in capfd.readouterr().err
+    assert (output / "net.safetensors").exists()

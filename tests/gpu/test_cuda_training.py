@@ -38,3 +38,11 @@ def test_a_lora_run_in_each_precision_stays_close_to_float32(train, precision):
 def test_eight_bit_optimizer_trains(train):
     tensors = load_file(train("out", "--max_train_steps=4", "--optimizer_type=AdamW8bit") / "net.safetensors")
     assert any(float(value.abs().max()) > 0 for name, value in tensors.items() if name.endswith("lora_up.weight"))
+
+
+def test_sample_pictures_are_drawn_on_the_gpu(train, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --w 64 --h 64 --s 2 --d 1\n")
+    flags = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--mixed_precision=bf16"]
+    output = train("out", "--max_train_steps=2", *flags)
+    assert len(list((output / "sample").glob("*.png"))) == 2

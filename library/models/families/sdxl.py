@@ -44,4 +44,5 @@ def predict(unet: Any, x_BChw: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Te
     """
     dtype = unet.dtype
     added = {"text_embeds": text.pooled_BP.to(dtype), "time_ids": sizes_B6.to(x_BChw.device, torch.float32)}
-    return unet(x_BChw.to(dtype), t_B, encoder_hidden_states=text.hidden_BTD.to(dtype), added_cond_kwargs=added).sample
+    x_BChw, t_B = x_BChw.to(dtype), t_B.to(x_BChw.device)
+    return unet(x_BChw, t_B, encoder_hidden_states=text.hidden_BTD.to(dtype), added_cond_kwargs=added).sample
