@@ -22,6 +22,13 @@ class DataOptions(Group):
     train_data_dir: str | None = option(
         None, "folder of folders named like 10_cat: 10 repeats, class words `cat`", path=True
     )
+    reg_data_dir: str | None = option(
+        None, "folder of folders of regularisation images, named in the same way", path=True
+    )
+    in_json: str | None = option(
+        None, "metadata file (.json or .jsonl) that names the images in train_data_dir and their captions", path=True
+    )
+    prior_loss_weight: float = option(1.0, "loss weight of regularisation images", ge=0, acts=TRAINER)
     resolution: SizeValue | None = option(None, "training resolution: one number, or width,height")
     enable_bucket: bool = option(
         False, "sort images into buckets by aspect ratio instead of cropping to one shape", acts=IMAGES

@@ -1,4 +1,4 @@
-"""The dataset of a run: [general] / [[datasets]] / [[datasets.subsets]], or DreamBooth folder names.
+"""The dataset of a run: [general] / [[datasets]] / [[datasets.subsets]], a metadata file, or DreamBooth folder names.
 
 A value is looked up in the subset, its dataset, [general], the run's options, in this order; the first one that is
 there counts.
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from library.config.check_files import missing_path
-from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, Place, read_dataset_tables
+from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS, Place, read_dataset_tables
 from library.config.dataset_rules import align_buckets, check_dataset
+from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
 from library.config.run_config import RunConfig
 from library.errors import Problem, UserError
 
 
 def dataset_specs(cfg: RunConfig) -> list[DatasetSpec]:
-    """The datasets of a run, from dataset_config or from the folder names in train_data_dir. Raises UserError."""
+    """The datasets of a run, from dataset_config, in_json or the folder names in train_data_dir. Raises UserError."""
     specs, problems, _ = read_datasets(cfg)
     if problems:
         raise UserError.from_problems(problems)
@@ -36,8 +37,10 @@ def read_datasets(cfg: RunConfig, *, wrong: Collection[str] = ()) -> tuple[list[
     try:
         if cfg.data.dataset_config:
             reader.read_file(cfg.data.dataset_config)
+        elif cfg.data.in_json:
+            reader.read_metadata(cfg.data.in_json)
         elif cfg.data.train_data_dir:
-            reader.read_folders(cfg.data.train_data_dir)
+            reader.read_folders()
     except UserError as error:
         reader.problems += error.problems
     return reader.specs, reader.problems, reader.notices
@@ -68,13 +71,36 @@ class _Reader:
             subsets = self._subsets(subset_places, [dataset, tables.general])
             self._add([dataset, tables.general], subsets, where=dataset.file.where(*dataset.path))
 
-    def read_folders(self, name: str) -> None:
+    def read_metadata(self, name: str) -> None:
+        """One metadata file; train_data_dir is where its relative names start."""
+        named = [("in_json", "file", name), ("train_data_dir", "folder", self.cfg.data.train_data_dir)]
+        missing = [
+            missing_path(value, name=option, kind=kind, where=self.cfg.provenance[option])
+            for option, kind, value in named
+            if value
+        ]
+        if any(missing):
+            self.problems += [problem for problem in missing if problem]
+            return
+        subset = self._subset([], self.cfg.data.train_data_dir or "", metadata_file=name)
+        self._add([], [subset], where=self.cfg.provenance["in_json"])
+
+    def read_folders(self) -> None:
+        """The folders in train_data_dir and reg_data_dir as one dataset."""
+        subsets = self._folders("train_data_dir", is_reg=False)
+        if self.cfg.data.reg_data_dir:
+            subsets += self._folders("reg_data_dir", is_reg=True)
+        if not self.problems:
+            self._add([], subsets, where=self.cfg.provenance["train_data_dir"])
+
+    def _folders(self, option: str, *, is_reg: bool) -> list[SubsetSpec]:
         """Sub-folders named like 10_cat: repeats, then class words; in the order of their names."""
-        where = self.cfg.provenance["train_data_dir"]
-        missing = missing_path(name, name="train_data_dir", kind="folder", where=where)
+        where = self.cfg.provenance[option]
+        name = self.cfg.get(option)
+        missing = missing_path(name, name=option, kind="folder", where=where)
         if missing:
             self.problems.append(missing)
-            return
+            return []
         subsets = []
         for folder in sorted(path for path in Path(name).iterdir() if path.is_dir()):
             repeats, class_tokens = folder_name(folder.name)
@@ -83,37 +109,36 @@ class _Reader:
             elif repeats < 1:
                 self.notices.append(f"{folder} is ignored: its number of repeats is below 1")
             else:
-                subsets.append(self._subset([], str(folder), num_repeats=repeats, class_tokens=class_tokens))
+                fixed = {"num_repeats": repeats, "class_tokens": class_tokens, "is_reg": is_reg}
+                subsets.append(self._subset([], str(folder), **fixed))
         if not subsets:
             fix = "put the images into a folder inside it that is named by repeats and class words, such as 10_cat"
-            self.problems.append(Problem(f"train_data_dir {name} holds no folder such as 10_cat", where, fix))
-            return
-        self._add([], subsets, where=where)
+            self.problems.append(Problem(f"{option} {name} holds no folder such as 10_cat", where, fix))
+        return subsets
 
     def _subsets(self, places: list[Place], outer: list[Place]) -> list[SubsetSpec]:
+        self.problems += check_kinds(places)
         subsets: list[SubsetSpec] = []
         for place in places:
             where = place.file.where(*place.path)
-            image_dir = place.values.get("image_dir")
-            if image_dir is None:
-                if "image_dir" not in place.wrong:
-                    self.problems.append(Problem(f"{place.title} has no image_dir", where, "name its folder of images"))
+            wrong = check_source(place)
+            self.problems += wrong
+            if wrong or SUBSET_ONLY_KEYS.keys() & place.wrong:
                 continue
-            missing = missing_path(image_dir, name="image_dir", kind="folder", where=place.where("image_dir"))
-            if missing:
-                self.problems.append(missing)
-                continue
-            spec = self._subset([place, *outer], image_dir)
+            own = {key: place.values[key] for key in ("metadata_file", "is_reg") if key in place.values}
+            spec = self._subset([place, *outer], place.values.get("image_dir", ""), **own)
             if spec.num_repeats < 1:
-                self.notices.append(f"{image_dir} is ignored: its num_repeats is below 1 ({where})")
-            elif any(Path(other.image_dir) == Path(image_dir) for other in subsets):
-                self.notices.append(f"{image_dir} is named twice in one dataset: the second time is ignored ({where})")
+                self.notices.append(f"{spec.place} is ignored: its num_repeats is below 1 ({where})")
+            elif any(Path(other.place) == Path(spec.place) for other in subsets):
+                self.notices.append(f"{spec.place} is named twice in one dataset: the second time is ignored ({where})")
             else:
                 subsets.append(spec)
         return subsets
 
     def _subset(self, places: list[Place], image_dir: str, **fixed: Any) -> SubsetSpec:
         values = {key: self._look_up(places, key, option) for key, option in SUBSET_KEYS.items()}
+        if fixed.get("is_reg"):
+            values["loss_weight"] = self.cfg.data.prior_loss_weight
         for key in ("class_tokens", "custom_attributes"):
             found = [place.values[key] for place in places if key in place.values]
             values |= {key: found[0]} if found else {}

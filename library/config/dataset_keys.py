@@ -45,10 +45,11 @@ SUBSET_KEYS: dict[str, str] = {
 }
 # keys without an option: the type each has
 OWN_KEYS: dict[str, type] = {"class_tokens": str, "custom_attributes": dict}
-SUBSET_ONLY_KEYS: dict[str, type] = {"image_dir": str}
+SUBSET_ONLY_KEYS: dict[str, type] = {"image_dir": str, "metadata_file": str, "is_reg": bool}
+PATH_KEYS = frozenset({"image_dir", "metadata_file"})
+_KINDS: dict[type, str] = {str: "a text in quotes", dict: "a table", bool: "true or false, without quotes"}
 # keys that sd-scripts knows and that are not there yet, with the value that asks for nothing
 LATER_KEYS: dict[str, Any] = {
-    "metadata_file": None,
     "conditioning_data_dir": None,
     "enable_wildcard": False,
     "secondary_separator": "",
@@ -56,7 +57,6 @@ LATER_KEYS: dict[str, Any] = {
     "token_warmup_step": 0,
     "color_aug": False,
     "face_crop_aug_range": None,
-    "is_reg": False,
     "alpha_mask": False,
     "cache_info": False,
     "validation_split": 0,
@@ -189,9 +189,8 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
         return (None if asks_for_nothing else Problem(f"{key} is not supported yet", where, f"remove {key}")), None
     if key in types:
         if isinstance(value, types[key]):
-            return _check_path(key, value, where=where) if key == "image_dir" else (None, value)
-        kind = "a text in quotes" if types[key] is str else "a table"
-        return Problem(f"{key} = {shown(value)} must be {kind}", where), None
+            return _check_path(key, value, where=where) if key in PATH_KEYS else (None, value)
+        return Problem(f"{key} = {shown(value)} must be {_KINDS[types[key]]}", where), None
     if key in allowed:
         return check_value(key, value, option_name=allowed[key], where=where)
     if key in DATASET_KEYS or key in SUBSET_ONLY_KEYS:

@@ -32,7 +32,15 @@ def align_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[s
 
 def check_dataset(cfg: RunConfig, spec: DatasetSpec, *, where: str) -> list[Problem]:
     """The problems of a dataset as a whole."""
-    return [*_buckets(spec, where), *_latent_cache(cfg, spec), *_text_cache(cfg, spec)]
+    return [*_kinds(spec, where), *_buckets(spec, where), *_latent_cache(cfg, spec), *_text_cache(cfg, spec)]
+
+
+def _kinds(spec: DatasetSpec, where: str) -> list[Problem]:
+    """Regularisation images are repeated as often as there are training images beside them."""
+    if not all(subset.is_reg for subset in spec.subsets):
+        return []
+    fix = "put a subset without is_reg into the same dataset"
+    return [Problem("the dataset has regularisation images and no training images", where, fix)]
 
 
 def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:
@@ -53,7 +61,7 @@ def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:
 
 
 def _latent_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
-    cropped = [subset.image_dir for subset in spec.subsets if subset.random_crop]
+    cropped = [subset.place for subset in spec.subsets if subset.random_crop]
     if not cfg.data.cache_latents or not cropped:
         return []
     what = f"cache_latents keeps one crop of each image, so random_crop cannot act in {', '.join(cropped)}"
@@ -67,7 +75,7 @@ def _text_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
         return []
     problems = []
     for name in ("shuffle_caption", "caption_tag_dropout_rate"):
-        folders = [subset.image_dir for subset in spec.subsets if getattr(subset, name)]
+        folders = [subset.place for subset in spec.subsets if getattr(subset, name)]
         if folders:
             what = (
                 f"cache_text_encoder_outputs keeps one caption per image, so {name} cannot act in {', '.join(folders)}"

@@ -11,12 +11,18 @@ from library.sizes import Size
 
 @dataclass(frozen=True)
 class SubsetSpec:
-    """One folder of images and how its images and captions are treated."""
+    """One folder of images, or one metadata file, and how its images and captions are treated.
+
+    `image_dir` is "" for a metadata file without one: its keys are then absolute paths. `loss_weight` is
+    `prior_loss_weight` for regularisation images (`is_reg`) and 1 for all others.
+    """
 
     image_dir: str
+    metadata_file: str | None = None
     num_repeats: int = 1
     class_tokens: str | None = None
     is_reg: bool = False
+    loss_weight: float = 1.0
     caption_extension: str = ".caption"
     caption_separator: str = ","
     shuffle_caption: bool = False
@@ -31,6 +37,16 @@ class SubsetSpec:
     random_crop: bool = False
     resize_interpolation: str | None = None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def source(self) -> str:
+        """The plugin of library/data/sources that lists the images."""
+        return "metadata_json" if self.metadata_file else "folders"
+
+    @property
+    def place(self) -> str:
+        """The file or folder that the user named for it."""
+        return self.metadata_file or self.image_dir
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ def notices(cfg: RunConfig) -> list[str]:
 
 
 def _data(cfg: RunConfig) -> Iterator[str]:
-    if cfg.data.dataset_config and cfg.data.train_data_dir:
-        yield "train_data_dir is ignored: the data is named by dataset_config"
-    if cfg.data.train_data_dir and not cfg.data.dataset_config and cfg.is_given("dataset_repeats"):
+    for name in ("train_data_dir", "reg_data_dir", "in_json"):
+        if cfg.data.dataset_config and cfg.get(name):
+            yield f"{name} is ignored: the data is named by dataset_config"
+    are_folders = not cfg.data.dataset_config and not cfg.data.in_json
+    if cfg.data.train_data_dir and are_folders and cfg.is_given("dataset_repeats"):
         yield "dataset_repeats has no effect: the folder names in train_data_dir say the repeats"
 
 

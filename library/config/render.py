@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from library.config.choices import ROOT
-from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS
+from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS
 from library.config.effective import option_toml
 from library.config.fields import Option, normalise
 from library.config.known_flags import COMMAND_LINE_ONLY, NO_EFFECT, known_flags
@@ -111,10 +111,13 @@ def _dataset_section() -> Iterator[str]:
         yield f"| `{key}` | general, dataset, subset | `{option}` |"
     yield "| `class_tokens` | general, dataset, subset | |"
     yield "| `custom_attributes` | general, dataset, subset | |"
-    yield "| `image_dir` | subset | |"
+    for key in SUBSET_ONLY_KEYS:
+        yield f"| `{key}` | subset | |"
     yield ""
     yield from _paragraph(
-        "`image_dir` is required; `class_tokens` is the caption of images that have no caption file; "
+        "A subset needs `image_dir`, or a `metadata_file` (JSON or JSONL; `image_dir` is then where its relative names "
+        "start); all subsets of a dataset are of one kind. `is_reg` marks a folder of regularisation images, whose "
+        "loss is multiplied by `prior_loss_weight`. `class_tokens` is the caption of images that have no caption file; "
         "`custom_attributes` is a table that is handed on with each sample."
     )
     yield from _paragraph(f"Not supported yet: {', '.join(f'`{key}`' for key in LATER_KEYS)}.")

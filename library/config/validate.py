@@ -71,12 +71,26 @@ def model_is_named(cfg: RunConfig) -> list[Problem]:
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-@rule("train_data_dir", "dataset_config", runs=SHARED)
+@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED)
 def data_is_named(cfg: RunConfig) -> list[Problem]:
     """A run needs images."""
-    if cfg.data.train_data_dir or cfg.data.dataset_config:
+    if cfg.data.train_data_dir or cfg.data.in_json or cfg.data.dataset_config:
         return []
-    return [Problem("there is no data", fix="set train_data_dir or dataset_config")]
+    return [Problem("there is no data", fix="set train_data_dir, in_json or dataset_config")]
+
+
+@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED)
+def metadata_has_no_regularisation(cfg: RunConfig) -> list[Problem]:
+    """Regularisation images come with folders, not with a metadata file."""
+    if not (cfg.data.in_json and cfg.data.reg_data_dir) or cfg.data.dataset_config:
+        return []
+    return conflict(
+        cfg,
+        "in_json and reg_data_dir cannot be used together",
+        "in_json",
+        "reg_data_dir",
+        fix="describe both in a dataset_config: one dataset with metadata_file, one of folders with is_reg",
+    )
 
 
 @rule("cache_text_encoder_outputs", "network_train_unet_only")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from library.config.dataset_file import DatasetSpec
 from library.data.batching import Pool, Row
 from library.data.buckets import BucketPolicy, UnplaceableImage
-from library.data.sources import folders
 from library.data.types import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.errors import UserError
+from library.plugins import load_plugin
 
 ALIGNMENT = 32
 """Pixels: the latents of SDXL (1/8) are halved twice inside the U-Net."""
@@ -30,7 +30,10 @@ def policy_of(spec: DatasetSpec) -> BucketPolicy:
 
 
 def assemble(specs: Sequence[DatasetSpec]) -> tuple[list[PlacedImage], ScanReport]:
-    """Every usable image of every data set, in the order of the descriptions, and what was left out."""
+    """Every usable image of every data set, in the order of the descriptions, and what was left out.
+
+    Within a data set the regularisation images come last, with the repeats that `balance` gives them.
+    """
     if not any(spec.subsets for spec in specs):
         raise UserError(
             "there are no images to train on", where="the data set", fix="give --train_data_dir or --dataset_config"
@@ -40,16 +43,53 @@ def assemble(specs: Sequence[DatasetSpec]) -> tuple[list[PlacedImage], ScanRepor
     seen: Counter[str] = Counter()
     for index, spec in enumerate(specs):
         _check_resolution(spec)
-        policy = policy_of(spec)
-        for subset in spec.subsets:
-            for record in folders.scan(subset, report=report):
-                try:
-                    placement = policy.place(record.size)
-                except UnplaceableImage as reason:
-                    report.skipped.append(Skipped(record.path, str(reason)))
-                    continue
-                images.append(PlacedImage(_unique(record, seen), placement, index))
+        placed = list(_place(spec, index, report=report, seen=seen))
+        training = [image for image in placed if not image.record.subset.is_reg]
+        needed, unused = balance(
+            [image for image in placed if image.record.subset.is_reg],
+            num_train_images=sum(image.record.repeats for image in training),
+        )
+        images += training + needed
+        report.unused_reg += unused
     return images, report
+
+
+def _place(spec: DatasetSpec, index: int, *, report: ScanReport, seen: Counter[str]) -> Iterator[PlacedImage]:
+    """The usable images of one data set, subset by subset."""
+    policy = policy_of(spec)
+    for subset in spec.subsets:
+        source = load_plugin("library.data.sources", subset.source)
+        for record in source.scan(subset, report=report):
+            try:
+                placement = policy.place(record.size)
+            except UnplaceableImage as reason:
+                report.skipped.append(Skipped(record.path, str(reason)))
+                continue
+            yield PlacedImage(_unique(record, seen), placement, index)
+
+
+def balance(reg: Sequence[PlacedImage], *, num_train_images: int) -> tuple[list[PlacedImage], list[PlacedImage]]:
+    """The regularisation images with their repeats for an epoch, and those that are not needed.
+
+    Images are taken in order, each as often as its subset says, until they are as many as the training images
+    (repeats included); as long as they are fewer, each gets one repeat more, in order (dataset_config.md §4).
+    """
+    repeats: list[int] = []
+    total = 0
+    for image in reg:
+        if total >= num_train_images:
+            break
+        repeats.append(image.record.repeats)
+        total += image.record.repeats
+    missing = max(num_train_images - total, 0)
+    if repeats:
+        rounds, rest = divmod(missing, len(repeats))
+        repeats = [count + rounds + (position < rest) for position, count in enumerate(repeats)]
+    needed = [
+        replace(image, record=replace(image.record, repeats=count))
+        for image, count in zip(reg[: len(repeats)], repeats, strict=True)
+    ]
+    return needed, list(reg[len(repeats) :])
 
 
 def _check_resolution(spec: DatasetSpec) -> None:

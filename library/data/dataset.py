@@ -49,7 +49,7 @@ class DataSettings:
 
 
 def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData:
-    """Scan the folders of `specs`, read image sizes and captions, and place every image in a bucket.
+    """Scan the folders and metadata files of `specs`, read image sizes and captions, and place every image in a bucket.
 
     `settings` are the fields of DataSettings; `seed` is required. Images that cannot be used are left out and listed
     in `summary()`. Raises UserError when a folder is missing or empty or when nothing is left to train on.
@@ -83,7 +83,7 @@ class TrainData:
         if not images:
             raise UserError(
                 "no image is left to train on",
-                where=", ".join(subset.image_dir for spec in self.specs for subset in spec.subsets),
+                where=", ".join(subset.place for spec in self.specs for subset in spec.subsets),
                 fix=report.skipped_text(self.scan_report.skipped),
             )
         self.images = images
@@ -153,6 +153,7 @@ class TrainData:
         return report.ss_metadata(
             self.specs,
             self.images,
+            unused_reg=self.scan_report.unused_reg,
             batches_per_epoch=self.batches_per_epoch,
             total_batch_factor=self.settings.world * self.settings.accumulation,
             user_config=user_config,

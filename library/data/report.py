@@ -18,19 +18,32 @@ LISTED = 5
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """One subset's images that are used."""
+    """One subset's images that are used; `repeats` as the subset asks for them.
 
-    image_dir: str
+    `place` is its folder or metadata file, `samples` how many visits they make in an epoch.
+    """
+
+    place: str
     images: int
     repeats: int
     class_tokens: str | None
+    is_reg: bool
+    samples: int
+
+    def line(self) -> str:
+        """One line for the log; regularisation images have no repeats in common."""
+        if self.is_reg:
+            return f"  {self.place}: {self.images} regularisation images, {self.samples} samples per epoch"
+        return f"  {self.place}: {self.images} images x {self.repeats} repeats"
 
 
 @dataclass(frozen=True)
 class DataSummary:
     """Counts of a whole run.
 
-    `repeats` is the number of samples per epoch; `buckets` counts repeats too, `mean_ar_error` is over distinct images.
+    `repeats` is the number of samples per epoch, regularisation included; `buckets` counts repeats too,
+    `mean_ar_error` is over distinct images. `num_train_images` and `num_reg_images` are those of the metadata: samples
+    of training images, and regularisation images times the repeats that their folder asks for.
     """
 
     images: int
@@ -40,18 +53,23 @@ class DataSummary:
     skipped: tuple[Skipped, ...]
     missing_captions: tuple[str, ...]
     subsets: tuple[SubsetSummary, ...]
+    num_train_images: int
+    num_reg_images: int
+    unused_reg: int
 
     def text(self) -> str:
         """Lines for the log: subsets, buckets, images left out, images without a caption."""
         lines = [f"{self.images} images, {self.repeats} samples per epoch (repeats included)"]
-        lines += [f"  {s.image_dir}: {s.images} images x {s.repeats} repeats" for s in self.subsets]
+        lines += [subset.line() for subset in self.subsets]
+        if self.unused_reg:
+            lines.append(f"{self.unused_reg} regularisation images are not used: there are fewer training images")
         lines += [
             f"bucket {i}: resolution {tuple(size)}, count: {count}"
             for i, (size, count) in enumerate(self.buckets.items())
         ]
         lines.append(f"mean ar error (without repeats): {self.mean_ar_error:.6f}")
         if self.missing_captions:
-            lines.append(f"{len(self.missing_captions)} images have no caption file and train with an empty caption:")
+            lines.append(f"{len(self.missing_captions)} images have no caption and train with an empty one:")
             lines += [f"  {path}" for path in self.missing_captions[:LISTED]]
             lines += _more(len(self.missing_captions))
         if self.skipped:
@@ -76,7 +94,14 @@ def summarise(specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, sc
     for image in images:
         buckets[image.placement.bucket] += image.record.repeats
     subsets = tuple(
-        SubsetSummary(subset.image_dir, len(members), subset.num_repeats, subset.class_tokens)
+        SubsetSummary(
+            subset.place,
+            len(members),
+            subset.num_repeats,
+            subset.class_tokens,
+            subset.is_reg,
+            sum(image.record.repeats for image in members),
+        )
         for index, spec in enumerate(specs)
         for subset in spec.subsets
         if (members := _members(images, index, subset))
@@ -89,13 +114,26 @@ def summarise(specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, sc
         skipped=tuple(scan_report.skipped),
         missing_captions=tuple(scan_report.missing_captions),
         subsets=subsets,
+        num_train_images=_num_train_images(images),
+        num_reg_images=_num_reg_images([*images, *scan_report.unused_reg]),
+        unused_reg=len(scan_report.unused_reg),
     )
+
+
+def _num_train_images(images: Sequence[PlacedImage]) -> int:
+    return sum(image.record.repeats for image in images if not image.record.subset.is_reg)
+
+
+def _num_reg_images(images: Sequence[PlacedImage]) -> int:
+    """As sd-scripts counts them: before they are balanced against the training images."""
+    return sum(image.record.subset.num_repeats for image in images if image.record.subset.is_reg)
 
 
 def ss_metadata(
     specs: Sequence[DatasetSpec],
     images: Sequence[PlacedImage],
     *,
+    unused_reg: Sequence[PlacedImage] = (),
     batches_per_epoch: int,
     total_batch_factor: int,
     user_config: bool,
@@ -103,16 +141,19 @@ def ss_metadata(
     """The data set part of a network's metadata; every value is text, structures are JSON (model_files.md §9).
 
     `user_config` chooses between the two forms that sd-scripts writes: a list of data sets, or the values of the
-    single data set that the command line describes. `total_batch_factor` is ranks times accumulation.
+    single data set that the command line describes. `total_batch_factor` is ranks times accumulation. `unused_reg`
+    are regularisation images beyond those in `images`; they count among the images of their folder.
     """
-    datasets = [_dataset_info(spec, index, images) for index, spec in enumerate(specs)]
+    listed = [*images, *unused_reg]
+    datasets = [_dataset_info(spec, index, images, listed) for index, spec in enumerate(specs)]
     common = {
-        "ss_num_train_images": str(sum(image.record.repeats for image in images)),
+        "ss_num_train_images": str(_num_train_images(images)),
         "ss_num_validation_images": "0",
-        "ss_num_reg_images": "0",
+        "ss_num_reg_images": str(_num_reg_images(listed)),
         "ss_num_batches_per_epoch": str(batches_per_epoch),
     }
-    dirs, tags = _merge_folders(specs, images)
+    dirs, tags = _merge_folders(specs, listed)
+    reg_dirs, _ = _merge_folders(specs, listed, is_reg=True)
     shared = {"ss_dataset_dirs": json.dumps(dirs), "ss_tag_frequency": json.dumps(tags)}
     if user_config:
         return common | shared | {"ss_datasets": json.dumps(datasets)}
@@ -134,21 +175,23 @@ def ss_metadata(
             "ss_min_bucket_reso": str(spec.min_bucket_reso),
             "ss_max_bucket_reso": str(spec.max_bucket_reso),
             "ss_keep_tokens": str(subset.keep_tokens),
-            "ss_reg_dataset_dirs": "{}",
+            "ss_reg_dataset_dirs": json.dumps(reg_dirs),
             "ss_bucket_info": json.dumps(info["bucket_info"]),
         }
     )
 
 
-def _dataset_info(spec: DatasetSpec, index: int, images: Sequence[PlacedImage]) -> dict[str, object]:
+def _dataset_info(
+    spec: DatasetSpec, index: int, images: Sequence[PlacedImage], listed: Sequence[PlacedImage]
+) -> dict[str, object]:
     """One item of the `datasets` list."""
     members = [image for image in images if image.dataset == index]
-    used = [(subset, _members(images, index, subset)) for subset in spec.subsets]
+    used = [(subset, _members(listed, index, subset)) for subset in spec.subsets]
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(subset.metadata_file for subset in spec.subsets),
         "batch_size_per_device": spec.batch_size,
-        "num_train_images": sum(image.record.repeats for image in members),
-        "num_reg_images": 0,
+        "num_train_images": _num_train_images(members),
+        "num_reg_images": _num_reg_images([image for image in listed if image.dataset == index]),
         "resolution": list(spec.resolution),
         "enable_bucket": spec.enable_bucket,
         "min_bucket_reso": spec.min_bucket_reso,
@@ -161,6 +204,10 @@ def _dataset_info(spec: DatasetSpec, index: int, images: Sequence[PlacedImage]) 
 
 
 def _subset_info(subset: SubsetSpec, img_count: int) -> dict[str, object]:
+    if subset.metadata_file:
+        kind: dict[str, object] = {"metadata_file": _basename(subset)}
+    else:
+        kind = {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
     return {
         "img_count": img_count,
         "num_repeats": subset.num_repeats,
@@ -175,16 +222,15 @@ def _subset_info(subset: SubsetSpec, img_count: int) -> dict[str, object]:
         "caption_prefix": subset.caption_prefix,
         "caption_suffix": subset.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": _basename(subset),
-        "class_tokens": subset.class_tokens,
-        "is_reg": False,
+        **({"image_dir": Path(subset.image_dir).name} if subset.image_dir else {}),
+        **kind,
     }
 
 
 def _merge_folders(
-    specs: Sequence[DatasetSpec], images: Sequence[PlacedImage]
+    specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, is_reg: bool = False
 ) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """`dataset_dirs` and `tag_frequency` over all data sets.
+    """`dataset_dirs` (or `reg_dataset_dirs`) and `tag_frequency` (of both) over all data sets.
 
     Folders of the same name are told apart in the first (" (2)" and so on); in the second a name counts once, since
     the same folder used at several resolutions holds the same captions.
@@ -196,13 +242,15 @@ def _merge_folders(
             group = _members(images, index, subset)
             if not group:
                 continue
+            tags.setdefault(_basename(subset), _tag_frequency(group))
+            if subset.is_reg != is_reg:
+                continue
             base = name = _basename(subset)
             number = 2
             while name in dirs:
                 name = f"{base} ({number})"
                 number += 1
             dirs[name] = {"n_repeats": subset.num_repeats, "img_count": len(group)}
-            tags.setdefault(base, _tag_frequency(group))
     return dirs, tags
 
 
@@ -221,9 +269,11 @@ def _mean_ar_error(images: Sequence[PlacedImage]) -> float:
 
 
 def _tag_frequency(images: Sequence[PlacedImage]) -> dict[str, int]:
+    """The parts of captions; of the tags alone where a source keeps them apart."""
     tags: Counter[str] = Counter()
-    for image in images:
-        tags.update(tag for part in image.record.caption.split(",") if (tag := part.strip().lower()))
+    for record in (image.record for image in images):
+        text = record.caption if record.tags is None else record.tags
+        tags.update(tag for part in text.split(",") if (tag := part.strip().lower()))
     return dict(tags)
 
 
@@ -232,4 +282,4 @@ def _members(images: Sequence[PlacedImage], dataset: int, subset: SubsetSpec) ->
 
 
 def _basename(subset: SubsetSpec) -> str:
-    return Path(subset.image_dir).name
+    return Path(subset.place).name

@@ -26,7 +26,8 @@ class ImageRecord:
 
     `key` names the image independently of where the data set lies ("<folder>/<file>", with "#2" and so on for a
     second use of the same name); every random draw of a sample is derived from it, so moving a data set does not
-    change a training run. `size` is that of the file as it is shown (EXIF rotation applied), in pixels.
+    change a training run. `size` is that of the file as it is shown (EXIF rotation applied), in pixels. `tags` is the
+    tag part of `caption` for a source that keeps the two apart, else None.
     """
 
     key: str
@@ -36,6 +37,7 @@ class ImageRecord:
     subset: SubsetSpec
     repeats: int = 1
     weight: float = 1.0
+    tags: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,14 @@ class Skipped(NamedTuple):
 
 @dataclass
 class ScanReport:
-    """What a source found wrong while it listed images: the images left out, and those without a caption."""
+    """What became of the images that were listed: left out, without a caption, or not needed.
+
+    `unused_reg` holds the regularisation images that no training image is left for.
+    """
 
     skipped: list[Skipped] = field(default_factory=list)
     missing_captions: list[str] = field(default_factory=list)
+    unused_reg: list[PlacedImage] = field(default_factory=list)
 
 
 @dataclass

@@ -42,6 +42,7 @@ SAME_NAME = (
     "caption_tag_dropout_rate",
     "loss_type",
     "resize_interpolation",
+    "prior_loss_weight",
 )
 
 
@@ -73,7 +74,6 @@ NOT_USED = {
         "max_validation_steps": None,
         "validate_every_n_epochs": None,
         "validate_every_n_steps": None,
-        "prior_loss_weight": 1.0,
     }.items()
 }
 

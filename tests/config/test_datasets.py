@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from library.config.cli import make_config
 from library.config.dataset_file import dataset_specs, folder_name
-from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS
+from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS
 from library.config.toml_file import toml_value
 from library.errors import UserError
 from library.sizes import Size
@@ -139,12 +139,12 @@ resolution = 512
         ('resolution = "big" is not a resolution; write one number or width and height, such as 1024 or "1024,768"',
          "./data.toml line 6", ""),
         ("image_dir nowhere does not exist", "./data.toml line 8", "name an existing folder"),
-        ("subset 2 has no image_dir", "./data.toml line 10", "name its folder of images"),
+        ("subset 2 has no image_dir", "./data.toml line 10", "name its folder of images, or a metadata_file"),
     ]  # fmt: skip
 
 
 def _known_fix() -> str:
-    keys = sorted({*SUBSET_KEYS, "class_tokens", "custom_attributes", "image_dir"})
+    keys = sorted({*SUBSET_KEYS, "class_tokens", "custom_attributes", *SUBSET_ONLY_KEYS})
     return f"known keys: {', '.join(keys)}"
 
 

@@ -12,6 +12,11 @@ TRAINER_CASES = [
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs": True}, "needs network_train_unet_only"),
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs_to_disk": True}, "needs network_train_unet_only"),
     ("timesteps_are_left", {"min_timestep": 500, "max_timestep": 500}, "no timestep is left"),
+    (
+        "metadata_has_no_regularisation",
+        {"in_json": __file__, "reg_data_dir": "reg"},
+        "in_json and reg_data_dir cannot be used together",
+    ),
     ("one_optimizer", {"use_8bit_adam": True, "optimizer_type": "AdamW"}, "name two optimizers"),
     ("constant_has_no_warmup", {"lr_warmup_steps": 10}, "constant has no warm-up"),
     ("piecewise_needs_rules", {"lr_scheduler": "piecewise_constant"}, "needs step_rules"),

@@ -23,7 +23,7 @@ def test_the_summary_counts_and_names(tmp_path):
     text = summary.text()
     assert "bucket 0: resolution (64, 64), count: 6" in text
     assert "bucket 1: resolution (96, 32), count: 2" in text
-    assert "1 images have no caption file" in text and "q.png" in text
+    assert "1 images have no caption" in text and "q.png" in text
     assert "1 images are left out" in text and "broken.png" in text
 
 
@@ -31,7 +31,7 @@ def test_long_lists_are_cut_short(tmp_path):
     for number in range(8):
         write_picture(tmp_path / f"{number}.png", 64, 64)
     text = build_train_data([dataset(subset(tmp_path))], seed=1).summary().text()
-    assert "8 images have no caption file" in text and "... and 3 more" in text
+    assert "8 images have no caption" in text and "... and 3 more" in text
     assert "4.png" in text and "5.png" not in text
 
 

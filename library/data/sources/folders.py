@@ -30,7 +30,7 @@ def scan(subset: SubsetSpec, *, report: ScanReport) -> Iterator[ImageRecord]:
     """
     folder = Path(subset.image_dir)
     paths = list_images(folder)
-    for path, size in zip(paths, _read_sizes(paths, title=folder.name), strict=True):
+    for path, size in zip(paths, read_sizes(paths, title=folder.name), strict=True):
         if isinstance(size, Skipped):
             report.skipped.append(size)
             continue
@@ -44,7 +44,7 @@ def scan(subset: SubsetSpec, *, report: ScanReport) -> Iterator[ImageRecord]:
         if caption is None:
             report.missing_captions.append(str(path))
         key = f"{folder.name}/{path.name}"
-        yield ImageRecord(key, str(path), size, caption or "", subset, repeats=subset.num_repeats)
+        yield ImageRecord(key, str(path), size, caption or "", subset, subset.num_repeats, subset.loss_weight)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -82,7 +82,7 @@ def read_caption(image: Path, extension: str) -> str | None:
     return None
 
 
-def _read_sizes(paths: Sequence[Path], *, title: str) -> list[Size | Skipped]:
+def read_sizes(paths: Sequence[Path], *, title: str) -> list[Size | Skipped]:
     """Sizes from the files' headers; Skipped for an image that cannot be opened."""
     with (
         ThreadPoolExecutor(SIZE_READERS) as pool,
