@@ -134,3 +134,11 @@ def test_network_metadata_of_a_metadata_file(tmp_path, images):
     (sub,) = info["subsets"]
     assert (info["is_dreambooth"], sub["metadata_file"], sub["image_dir"]) == (False, "meta.json", "imgs")
     assert "class_tokens" not in sub and "is_reg" not in sub
+
+
+def test_a_folder_is_listed_once(tmp_path, images, monkeypatch):
+    listed = []
+    scandir = metadata_json.os.scandir
+    monkeypatch.setattr(metadata_json.os, "scandir", lambda path: listed.append(path) or scandir(path))
+    scanned(metadata(tmp_path, {"a": {}, "b.c": {}, "deep/d": {}}), images)
+    assert listed == [images, images / "deep"]

@@ -70,8 +70,9 @@ def _found(subset: SubsetSpec, entries: list[Entry], report: ScanReport) -> Iter
     seen: set[Path] = set()
     for entry in entries:
         path = _path_of(entry, subset)
-        folder = folders.setdefault(path.parent, _Folder(path.parent))
-        names = folder.find(path.name)
+        if path.parent not in folders:
+            folders[path.parent] = _Folder(path.parent)
+        names = folders[path.parent].find(path.name)
         if len(names) != 1:
             reason = f"the metadata names {len(names)} images by one name: {', '.join(names)}; add the extension"
             report.skipped.append(
