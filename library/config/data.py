@@ -48,12 +48,22 @@ class DataOptions(Group):
     keep_tokens_separator: str = option(
         "", "marks the fixed part of a caption: everything before its first occurrence stays", acts=CAPTIONS
     )
+    secondary_separator: str | None = option(
+        None, "text that becomes caption_separator in the end: it keeps parts together until then", acts=CAPTIONS
+    )
+    enable_wildcard: bool = option(
+        False, "use any line of a caption file, and one alternative of every {a|b} in it", acts=CAPTIONS
+    )
     caption_prefix: str | None = option(None, "text put before every caption", acts=CAPTIONS)
     caption_suffix: str | None = option(None, "text put after every caption", acts=CAPTIONS)
     caption_dropout_rate: float = option(0.0, "share of captions that are left empty", ge=0, le=1, acts=TRAINER)
     caption_dropout_every_n_epochs: int = option(0, "leave all captions empty in every Nth epoch", ge=0, acts=TRAINER)
     caption_tag_dropout_rate: float = option(
         0.0, "share of the movable caption parts that are left out", ge=0, le=1, acts=CAPTIONS
+    )
+    token_warmup_min: int = option(1, "movable caption parts used at the first step", ge=0, acts=CAPTIONS)
+    token_warmup_step: int | float = option(
+        0, "step from which all caption parts are used: a step, or a share of all steps (0.1 or 10%)", acts=CAPTIONS
     )
     flip_aug: bool = option(False, "mirror half of the images", acts=IMAGES)
     random_crop: bool = option(False, "crop at a random place instead of the centre", acts=IMAGES)

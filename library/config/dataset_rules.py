@@ -70,11 +70,11 @@ def _latent_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
 
 
 def _text_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
-    """Caption dropout is fine, the empty caption is cached too; new orders and missing tags need new encodings."""
+    """Caption dropout is fine, the empty caption is cached too; every other wording needs an encoding of its own."""
     if not cfg.data.cache_text_encoder_outputs:
         return []
     problems = []
-    for name in ("shuffle_caption", "caption_tag_dropout_rate"):
+    for name in ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "token_warmup_step"):
         folders = [subset.place for subset in spec.subsets if getattr(subset, name)]
         if folders:
             what = (

@@ -28,11 +28,15 @@ class SubsetSpec:
     shuffle_caption: bool = False
     keep_tokens: int = 0
     keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: int | float = 0
     flip_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None

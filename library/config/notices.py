@@ -25,6 +25,8 @@ def _data(cfg: RunConfig) -> Iterator[str]:
     are_folders = not cfg.data.dataset_config and not cfg.data.in_json
     if cfg.data.train_data_dir and are_folders and cfg.is_given("dataset_repeats"):
         yield "dataset_repeats has no effect: the folder names in train_data_dir say the repeats"
+    if cfg.is_given("token_warmup_min") and not cfg.data.token_warmup_step and not cfg.data.dataset_config:
+        yield "token_warmup_min has no effect: it acts with token_warmup_step"
 
 
 def _model(cfg: RunConfig) -> Iterator[str]:

@@ -1,12 +1,15 @@
 """The caption pipeline: a list of small steps from the stored caption to what is tokenised.
 
-Order and meaning follow sd-scripts, with one difference: prefix and suffix are put on the line that was chosen, not
-on the first and last line of the file. Every draw comes from the sample's own `random.Random`.
+Order and meaning follow sd-scripts (spec dataset_config.md §8), with one difference: prefix and suffix are put on the
+line that was chosen, not on the first and last line of the file. Every draw comes from the sample's own
+`random.Random`, and the token warm-up looks at the step that the sample is used in.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,11 +18,16 @@ from library.config.dataset_file import SubsetSpec
 
 @dataclass(frozen=True, slots=True)
 class CaptionContext:
-    """What a step may look at. `epoch` counts from 1, as users count."""
+    """What a step may look at. `epoch` counts from 1, as users count; optimizer steps count from 0.
+
+    `total_steps` is the length of the run, which only a token warm-up given as a share of it needs.
+    """
 
     subset: SubsetSpec
     rng: random.Random
     epoch: int
+    step: int = 0
+    total_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +58,11 @@ def drop_caption(caption: str, context: CaptionContext) -> str | None:
 
 
 def choose_line(caption: str, context: CaptionContext) -> str:
-    """Keep the first line of a caption of several lines."""
-    return caption.split("\n", 1)[0]
+    """Keep one line of a caption of several lines: any of them with `enable_wildcard`, else the first."""
+    lines = caption.split("\n")
+    if context.subset.enable_wildcard and len(lines) > 1:
+        return context.rng.choice(lines)
+    return lines[0]
 
 
 def add_affixes(caption: str, context: CaptionContext) -> str:
@@ -64,8 +75,32 @@ def add_affixes(caption: str, context: CaptionContext) -> str:
     return caption
 
 
+def expand_wildcards(caption: str, context: CaptionContext) -> str:
+    """Put one of its alternatives, which may be empty, in the place of every {a|b}.
+
+    Braces do not nest; {{ and }} stand for single braces. Without `enable_wildcard` braces are text.
+    """
+    return _expand(caption, context.rng.choice) if context.subset.enable_wildcard else caption
+
+
+def _expand(caption: str, choose: Callable[[list[str]], str]) -> str:
+    if "{" not in caption and "}" not in caption:
+        return caption
+    for pair, mark in _PROTECTED.items():
+        caption = caption.replace(pair, mark)
+    caption = _WILDCARD.sub(lambda match: choose(match[1].split("|")), caption)
+    for pair, mark in _PROTECTED.items():
+        caption = caption.replace(mark, pair[0])
+    return caption
+
+
+_WILDCARD = re.compile(r"\{([^}]+)\}")
+# Unicode's noncharacters: they stand for nothing in any text that is exchanged, so no caption uses them.
+_PROTECTED = {"{{": "\ufdd0", "}}": "\ufdd1"}
+
+
 def edit_tags(caption: str, context: CaptionContext) -> str:
-    """Shuffle and thin out the tags; a caption that needs neither is left as it is, to the letter."""
+    """Warm up, shuffle and thin out the tags; a caption that needs none of it is left as it is, to the letter."""
     if not has_tag_edits(context.subset):
         return caption
     parts = split_tags(caption, context.subset)
@@ -73,6 +108,23 @@ def edit_tags(caption: str, context: CaptionContext) -> str:
     for step in TAG_STEPS:
         flexible = step(flexible, context)
     return ", ".join(parts.fixed + flexible + parts.suffix)
+
+
+def warm_up_tags(flexible: list[str], context: CaptionContext) -> list[str]:
+    """Keep the first parts only: `token_warmup_min` of them at step 0, all of them from the warm-up's last step on."""
+    least, length = context.subset.token_warmup_min, warmup_steps(context.subset, context.total_steps)
+    if context.step >= length:
+        return flexible
+    return flexible[: math.floor(context.step * ((len(flexible) - least) / length)) + least]
+
+
+def warmup_steps(subset: SubsetSpec, total_steps: int | None) -> int:
+    """The length of the token warm-up in optimizer steps; a share of the run is rounded down."""
+    length = subset.token_warmup_step
+    if not isinstance(length, float):
+        return length
+    assert total_steps is not None, "a warm-up over a share of the run needs the length of the run"
+    return math.floor(length * total_steps)
 
 
 def shuffle_tags(flexible: list[str], context: CaptionContext) -> list[str]:
@@ -90,14 +142,25 @@ def drop_tags(flexible: list[str], context: CaptionContext) -> list[str]:
     return [part for part in flexible if context.rng.random() >= rate]
 
 
-TAG_STEPS: tuple[TagStep, ...] = (shuffle_tags, drop_tags)
-FIXED_STEPS: tuple[Step, ...] = (choose_line, add_affixes)
-STEPS: tuple[Step, ...] = (drop_caption, *FIXED_STEPS, edit_tags)
+def unify_separators(caption: str, context: CaptionContext) -> str:
+    """Replace the secondary separator, which keeps parts together until here, by the separator."""
+    mark = context.subset.secondary_separator
+    return caption.replace(mark, context.subset.caption_separator) if mark else caption
+
+
+TAG_STEPS: tuple[TagStep, ...] = (warm_up_tags, shuffle_tags, drop_tags)
+FIXED_STEPS: tuple[Step, ...] = (choose_line, add_affixes, unify_separators)
+STEPS: tuple[Step, ...] = (drop_caption, choose_line, add_affixes, expand_wildcards, edit_tags, unify_separators)
 
 
 def has_tag_edits(subset: SubsetSpec) -> bool:
-    """Whether the subset's captions change from visit to visit other than by being dropped."""
-    return subset.shuffle_caption or subset.caption_tag_dropout_rate > 0
+    """Whether captions are cut into their parts and joined again, which changes the spaces around separators."""
+    return subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0
+
+
+def has_one_wording(subset: SubsetSpec) -> bool:
+    """Whether a caption of the subset is the same on every visit, unless it is dropped."""
+    return not has_tag_edits(subset) and not subset.enable_wildcard
 
 
 def split_tags(caption: str, subset: SubsetSpec) -> TagParts:
@@ -120,14 +183,44 @@ def _parts(text: str, separator: str) -> list[str]:
     return [part.strip() for part in text.split(separator)]
 
 
-def process_caption(caption: str, subset: SubsetSpec, *, rng: random.Random, epoch: int) -> str:
-    """The caption that one sample trains with in one epoch (counted from 1); "" when it is dropped."""
-    return _run(STEPS, caption, CaptionContext(subset, rng, epoch))
+def process_caption(
+    caption: str,
+    subset: SubsetSpec,
+    *,
+    rng: random.Random,
+    epoch: int,
+    step: int = 0,
+    total_steps: int | None = None,
+) -> str:
+    """The caption that one sample trains with on one visit; "" when it is dropped. See CaptionContext."""
+    return _run(STEPS, caption, CaptionContext(subset, rng, epoch, step, total_steps))
 
 
 def fixed_caption(caption: str, subset: SubsetSpec) -> str:
-    """The caption with every step that is the same on each visit: what a text cache encodes."""
+    """The caption with every step that is the same on each visit: what a text cache encodes.
+
+    The subset must have one wording.
+    """
     return _run(FIXED_STEPS, caption, CaptionContext(subset, random.Random(0), epoch=1))
+
+
+def whole_captions(caption: str, subset: SubsetSpec) -> list[str]:
+    """The longest texts that training may make of a caption, one for each line that may be chosen.
+
+    Nothing is dropped; of the alternatives of a wildcard the one of most letters is taken.
+    """
+    lines = caption.split("\n") if subset.enable_wildcard else [caption.split("\n", 1)[0]]
+    context = CaptionContext(subset, random.Random(0), epoch=1)
+    wholes = []
+    for line in lines:
+        text = add_affixes(line, context)
+        if subset.enable_wildcard:
+            text = _expand(text, lambda parts: max(parts, key=len))
+        if has_tag_edits(subset):
+            parts = split_tags(text, subset)
+            text = ", ".join(parts.fixed + parts.flexible + parts.suffix)
+        wholes.append(unify_separators(text, context))
+    return wholes
 
 
 def _run(steps: tuple[Step, ...], caption: str, context: CaptionContext) -> str:

@@ -24,10 +24,11 @@ from library.seeds import derive_seed
 
 
 class Work(NamedTuple):
-    """One batch to build: a rank's rows of a micro-batch in an epoch (counted from 0)."""
+    """One batch to build: a rank's rows of a micro-batch, the epoch and the optimizer step of the run (from 0)."""
 
     epoch: int
     rows: RankRows
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +55,21 @@ class BatchBuilder(Dataset):
         legacy_crop: bool,
         latents: LatentStore | None = None,
         text: TextStore | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self.images = images
         self.seed = seed
         self.legacy_crop = legacy_crop
         self.latents = latents
         self.text = text
+        self.total_steps = total_steps
 
     def __getitem__(self, work: Work) -> Batch:
         samples: list[Sample] = []
         failures: list[Skipped] = []
         for row in work.rows.rows[: work.rows.num_real]:
             try:
-                samples.append(self.load(row, epoch=work.epoch))
+                samples.append(self.load(row, epoch=work.epoch, step=work.step))
             except READ_ERRORS as error:
                 failures.append(Skipped.because_of(self.images[row.image].record.path, error))
         num_real = len(samples)
@@ -75,12 +78,17 @@ class BatchBuilder(Dataset):
         samples += [samples[0]] * (len(work.rows.rows) - len(samples))
         return self._collate(samples, work=work, num_real=num_real, failures=tuple(failures))
 
-    def load(self, row: Row, *, epoch: int) -> Sample:
+    def load(self, row: Row, *, epoch: int, step: int) -> Sample:
         """One sample, with all its draws for this visit."""
         image = self.images[row.image]
         record, subset = image.record, image.record.subset
         caption = process_caption(
-            record.caption, subset, rng=self._rng("caption", epoch=epoch, image=image, row=row), epoch=epoch + 1
+            record.caption,
+            subset,
+            rng=self._rng("caption", epoch=epoch, image=image, row=row),
+            epoch=epoch + 1,
+            step=step,
+            total_steps=self.total_steps,
         )
         flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
         pixels = latents = None

@@ -19,6 +19,7 @@ from library.data.batching import Pool, count_steps, epoch_plan, rank_rows
 from library.data.collate import BatchBuilder, Work
 from library.data.report import DataSummary
 from library.data.stores import LatentStore, TextStore
+from library.data.token_counts import CountTokens, TokenSummary, count_tokens
 from library.data.types import Batch, ImageRecord, PlacedImage, ScanReport, Skipped, StepGroup
 from library.diffusion.conditioning import Tokens
 from library.errors import UserError
@@ -35,7 +36,8 @@ class DataSettings:
 
     `tokenize` runs in the main process only; without it batches have no tokens. `num_workers` processes (never more
     than there are CPU cores) read the files of coming batches; `persistent_workers` keeps them from epoch to epoch.
-    `legacy_crop` gives the size ids of sd-scripts.
+    `legacy_crop` gives the size ids of sd-scripts. With `count_tokens` the summary says which captions are longer than
+    `max_token_length`.
     """
 
     seed: int
@@ -46,6 +48,8 @@ class DataSettings:
     num_workers: int = 0
     persistent_workers: bool = False
     legacy_crop: bool = False
+    count_tokens: CountTokens | None = None
+    max_token_length: int = 75
 
 
 def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData:
@@ -76,6 +80,7 @@ class TrainData:
         self._num_workers = min(settings.num_workers, os.cpu_count() or 1)
         self._latents: LatentStore | None = None
         self._text: TextStore | None = None
+        self._total_steps: int | None = None
         self._reported: set[str] = set()
         self._set_images(images)
 
@@ -89,6 +94,7 @@ class TrainData:
         self.images = images
         self.pools: list[Pool] = group_into_pools(images, self.specs)
         self._loader: DataLoader | None = None
+        self._tokens: TokenSummary | None = None
 
     @property
     def records(self) -> list[ImageRecord]:
@@ -126,18 +132,26 @@ class TrainData:
         self._text = store
         self._loader = None
 
+    def set_length(self, total_steps: int) -> None:
+        """Say how many optimizer steps the run has; a token warm-up over a share of the run needs it."""
+        self._total_steps = total_steps
+        self._loader = None
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepGroup]:
         """The optimizer steps of one epoch (counted from 0), from `start_step` on.
 
-        A pure function of (seed, epoch, data, global batch size): the same with any number of workers, and equal to
-        the tail of the whole epoch when it starts later.
+        A pure function of (seed, epoch, data, global batch size, length of the run): the same with any number of
+        workers, and equal to the tail of the whole epoch when it starts later.
         """
         settings = self.settings
         plan = epoch_plan(
             self.pools, world=settings.world, accumulation=settings.accumulation, seed=settings.seed, epoch=epoch
         )[start_step:]
+        first = epoch * self.steps_per_epoch + start_step
         works = [
-            Work(epoch, rank_rows(micro, rank=settings.rank, world=settings.world)) for group in plan for micro in group
+            Work(epoch, rank_rows(micro, rank=settings.rank, world=settings.world), step)
+            for step, group in enumerate(plan, first)
+            for micro in group
         ]
         batches = self._batches(works)
         for group in plan:
@@ -145,8 +159,11 @@ class TrainData:
             yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
 
     def summary(self) -> DataSummary:
-        """Counts for the plan that is printed before training."""
-        return report.summarise(self.specs, self.images, scan_report=self.scan_report)
+        """Counts for the plan that is printed before training; tokens are counted once, by the first rank."""
+        settings = self.settings
+        if settings.count_tokens is not None and self._tokens is None and settings.rank == 0:
+            self._tokens = count_tokens(self.images, settings.count_tokens, limit=settings.max_token_length)
+        return report.summarise(self.specs, self.images, scan_report=self.scan_report, tokens=self._tokens)
 
     def ss_metadata(self, *, user_config: bool = True) -> dict[str, str]:
         """The data set part of a network file's ss_* metadata; `user_config` says that --dataset_config was given."""
@@ -166,6 +183,7 @@ class TrainData:
             legacy_crop=self.settings.legacy_crop,
             latents=self._latents,
             text=self._text,
+            total_steps=self._total_steps,
         )
 
     def _batches(self, works: list[Work]) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.config.dataset_file import DatasetSpec, SubsetSpec
+from library.data.token_counts import TokenSummary
 from library.data.types import PlacedImage, ScanReport, Skipped
 from library.sizes import Size
 
@@ -44,6 +45,7 @@ class DataSummary:
     `repeats` is the number of samples per epoch, regularisation included; `buckets` counts repeats too,
     `mean_ar_error` is over distinct images. `num_train_images` and `num_reg_images` are those of the metadata: samples
     of training images, and regularisation images times the repeats that their folder asks for.
+    `tokens` is there when captions were counted.
     """
 
     images: int
@@ -56,6 +58,7 @@ class DataSummary:
     num_train_images: int
     num_reg_images: int
     unused_reg: int
+    tokens: TokenSummary | None = None
 
     def text(self) -> str:
         """Lines for the log: subsets, buckets, images left out, images without a caption."""
@@ -68,6 +71,8 @@ class DataSummary:
             for i, (size, count) in enumerate(self.buckets.items())
         ]
         lines.append(f"mean ar error (without repeats): {self.mean_ar_error:.6f}")
+        if self.tokens:
+            lines.append(self.tokens.text())
         if self.missing_captions:
             lines.append(f"{len(self.missing_captions)} images have no caption and train with an empty one:")
             lines += [f"  {path}" for path in self.missing_captions[:LISTED]]
@@ -88,7 +93,13 @@ def _more(count: int) -> list[str]:
     return [f"  ... and {count - LISTED} more"] if count > LISTED else []
 
 
-def summarise(specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, scan_report: ScanReport) -> DataSummary:
+def summarise(
+    specs: Sequence[DatasetSpec],
+    images: Sequence[PlacedImage],
+    *,
+    scan_report: ScanReport,
+    tokens: TokenSummary | None = None,
+) -> DataSummary:
     """Count what is trained on and what is not."""
     buckets: Counter[Size] = Counter()
     for image in images:
@@ -117,6 +128,7 @@ def summarise(specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, sc
         num_train_images=_num_train_images(images),
         num_reg_images=_num_reg_images([*images, *scan_report.unused_reg]),
         unused_reg=len(scan_report.unused_reg),
+        tokens=tokens,
     )
 
 
@@ -217,8 +229,8 @@ def _subset_info(subset: SubsetSpec, img_count: int) -> dict[str, object]:
         "shuffle_caption": subset.shuffle_caption,
         "keep_tokens": subset.keep_tokens,
         "keep_tokens_separator": subset.keep_tokens_separator,
-        "secondary_separator": None,
-        "enable_wildcard": False,
+        "secondary_separator": subset.secondary_separator,
+        "enable_wildcard": subset.enable_wildcard,
         "caption_prefix": subset.caption_prefix,
         "caption_suffix": subset.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,

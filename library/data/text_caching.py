@@ -23,7 +23,7 @@ from library.data.caching import (
     stale_entries,
     usable,
 )
-from library.data.captions import fixed_caption, has_tag_edits
+from library.data.captions import fixed_caption, has_one_wording
 from library.data.progress import progress_bar
 from library.data.stores import TextStore
 from library.data.types import PlacedImage
@@ -62,10 +62,10 @@ def build_text(
 ) -> tuple[TextStore, CacheReport]:
     """Make the encoded captions of `images` available to every rank and say what had to be done.
 
-    The report counts entries (one per image, as a rule), whatever the number of distinct captions. No subset may
-    shuffle or drop tags.
+    The report counts entries (one per image, as a rule), whatever the number of distinct captions. Every subset
+    must have one wording.
     """
-    assert not any(has_tag_edits(image.record.subset) for image in images), "a cached caption has one wording"
+    assert all(has_one_wording(image.record.subset) for image in images), "a cached caption has one wording"
     targets = make_targets(
         images, standard_path=lambda image: text_cache.text_cache_path(image.record.path), identity=cached_caption
     )

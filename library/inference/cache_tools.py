@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from accelerate import PartialState
 
@@ -12,6 +15,8 @@ from library.data.dataset import TrainData, build_train_data
 from library.inference import encode_pass
 from library.log import get_logger
 from library.models import checkpoint, memory
+from library.models.families import sdxl
+from library.models.tokenizers import load_tokenizer
 
 log = get_logger(__name__)
 
@@ -40,7 +45,12 @@ def cache_latents(cfg: RunConfig) -> CacheReport:
 def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
     """Write the encoded caption of every image of the data set beside it; what is there and still right stays."""
     state = PartialState(cpu=not torch.cuda.is_available())
-    data = _data(cfg)
+    data = _data(
+        cfg,
+        rank=state.process_index,
+        count_tokens=partial(sdxl.count_tokens, load_tokenizer(), weighted=cfg.model.weighted_captions),
+        max_token_length=cfg.model.max_token_length,
+    )
     bundle = checkpoint.load_bundle(
         cfg.model.pretrained_model_name_or_path,
         dtype=_DTYPES[cfg.loop.mixed_precision],
@@ -53,10 +63,10 @@ def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
     return _finish(state, report, "text encoder outputs")
 
 
-def _data(cfg: RunConfig) -> TrainData:
+def _data(cfg: RunConfig, **settings: Any) -> TrainData:
     for notice in cfg.notices:
         log.info(notice)
-    data = build_train_data(dataset_specs(cfg), seed=cfg.loop.seed or 0)
+    data = build_train_data(dataset_specs(cfg), seed=cfg.loop.seed or 0, **settings)
     log.info(data.summary().text())
     return data
 

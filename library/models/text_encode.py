@@ -48,6 +48,13 @@ def tokenize(
     )
 
 
+def count_tokens(tokenizer: ClipTokenizer, captions: Sequence[str], *, weighted: bool = False) -> list[int]:
+    """The number of tokens of each caption, without begin and end token and without a limit."""
+    if weighted:
+        return [len(weighted_ids(tokenizer, caption)[0]) for caption in captions]
+    return [len(ids) for ids in tokenizer.encode_all(captions)]
+
+
 def weighted_ids(tokenizer: ClipTokenizer, caption: str) -> tuple[list[int], list[float]]:
     """Token ids of a caption and the weight of each; every segment of equal weight is tokenised on its own."""
     segments = parse_weighted(caption)

@@ -121,15 +121,13 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
     seed = early.agreed_seed(cfg, accelerator)
     specs = dataset_specs(cfg)
     previews = early.preview_requests(cfg, specs[0].resolution)
+    tokenizer, max_token_length, weighted = load_tokenizer(), cfg.model.max_token_length, cfg.model.weighted_captions
     data = build_train_data(
         specs,
         seed=seed,
-        tokenize=partial(
-            sdxl.tokenize,
-            load_tokenizer(),
-            max_token_length=cfg.model.max_token_length or 75,
-            weighted=cfg.model.weighted_captions,
-        ),
+        tokenize=partial(sdxl.tokenize, tokenizer, max_token_length=max_token_length, weighted=weighted),
+        count_tokens=partial(sdxl.count_tokens, tokenizer, weighted=weighted),
+        max_token_length=max_token_length,
         world=accelerator.num_processes,
         rank=accelerator.process_index,
         accumulation=cfg.loop.gradient_accumulation_steps,
@@ -230,6 +228,7 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
         max_train_steps=cfg.loop.max_train_steps,
         max_train_epochs=cfg.loop.max_train_epochs,
     )
+    run.data.set_length(length.total_steps)
     optimizer = early.optimizer(cfg, groups)
     scheduler = early.scheduler(cfg, optimizer, total_steps=length.total_steps)
     update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)

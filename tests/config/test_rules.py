@@ -136,6 +136,7 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
         ({"save_last_n_epochs_state": 2}, "save_last_n_epochs_state has no effect"),
         ({"metadata_thumbnail": "no_such.png"}, "metadata_thumbnail is left out"),
         ({"dataset_repeats": 3}, "dataset_repeats has no effect"),
+        ({"token_warmup_min": 3}, "token_warmup_min has no effect"),
         ({"sdpa": True, "xformers": True}, "sdpa and xformers"),
         ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "persistent_data_loader_workers"),
         ({"tokenizer_cache_dir": "x"}, "tokenizer_cache_dir has no effect"),

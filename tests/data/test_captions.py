@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.captions import fixed_caption, process_caption
+from library.data.captions import fixed_caption, process_caption, whole_captions
 from tests.data.specs import subset
 
 tags = st.text("abcdefg ", min_size=1, max_size=6).map(str.strip).filter(bool)
 captions = st.lists(tags, min_size=1, max_size=8)
 
 
-def process(caption, *, seed=0, epoch=1, **settings):
-    return process_caption(caption, subset(**settings), rng=random.Random(seed), epoch=epoch)
+def process(caption, *, seed=0, epoch=1, step=0, total_steps=None, **settings):
+    rng = random.Random(seed)
+    return process_caption(caption, subset(**settings), rng=rng, epoch=epoch, step=step, total_steps=total_steps)
 
 
 def split(caption):
@@ -105,3 +106,89 @@ def test_the_fixed_caption_is_what_remains_without_chance(seed):
     out = process("a, b\nc", seed=seed, **settings)
     assert out in ("", fixed_caption("a, b\nc", subset(**settings)))
     assert fixed_caption("a, b\nc", subset(**settings)) == "p a, b s"
+
+
+@pytest.mark.parametrize(
+    ("text", "outcomes"),
+    [
+        ("x {a|b} y", {"x a y", "x b y"}),
+        ("{a|b}{c|d}", {"ac", "ad", "bc", "bd"}),
+        ("{a}", {"a"}),
+        ("{a|}", {"a", ""}),
+        ("{}", {"{}"}),
+        ("{{a|b}}", {"{a|b}"}),
+        ("{{{a|b}}}", {"{a}", "{b}"}),
+        ("{a}}", {"{a}"}),
+        ("a } b { c", {"a } b { c"}),
+        ("one\ntwo, {a|b}", {"one", "two, a", "two, b"}),
+    ],
+)
+def test_wildcards_reach_every_outcome_and_no_other(text, outcomes):
+    assert {process(text, seed=seed, enable_wildcard=True) for seed in range(100)} == outcomes
+
+
+def test_without_wildcards_braces_are_text_and_the_first_line_counts():
+    assert process("{a|b} {{c}}\nsecond") == "{a|b} {{c}}"
+
+
+def test_affixes_are_on_the_chosen_line_and_their_wildcards_are_expanded():
+    settings = {"enable_wildcard": True, "caption_prefix": "{p|q},", "caption_suffix": "s"}
+    out = {process("one\ntwo", seed=seed, **settings) for seed in range(60)}
+    assert out == {"p, one s", "q, one s", "p, two s", "q, two s"}
+
+
+def test_the_secondary_separator_keeps_parts_together_until_the_end():
+    settings = {"secondary_separator": ";;;", "shuffle_caption": True}
+    out = {process("a;;;b, c", seed=seed, **settings) for seed in range(20)}
+    assert out == {"a,b, c", "c, a,b"}
+    assert process("a;;;b", secondary_separator=";;;") == fixed_caption("a;;;b", subset(secondary_separator=";;;"))
+    assert process("a/b", secondary_separator="/", caption_separator=" ; ") == "a ; b"
+
+
+# 1 kept part and 6 movable ones; floor(step * (6 - 2) / 8) + 2 of them until step 8
+@pytest.mark.parametrize(("step", "movable"), [(0, 2), (1, 2), (2, 3), (3, 3), (4, 4), (6, 5), (7, 5), (8, 6), (99, 6)])
+def test_the_token_warm_up_takes_the_first_parts(step, movable):
+    tags = ["k", *"abcdef"]
+    settings = {"keep_tokens": 1, "token_warmup_min": 2}
+    assert process(",".join(tags), step=step, token_warmup_step=8, **settings) == ", ".join(tags[: movable + 1])
+    # a quarter of a run of 35 steps, rounded down
+    assert process(",".join(tags), step=step, total_steps=35, token_warmup_step=0.25, **settings) == ", ".join(
+        tags[: movable + 1]
+    )
+
+
+def test_a_warm_up_shorter_than_a_step_uses_every_part():
+    assert process("a,b,c", step=0, total_steps=3, token_warmup_step=0.1) == "a, b, c"
+
+
+def test_fewer_parts_than_the_least_are_all_used():
+    assert [process("a,b", step=step, token_warmup_min=5, token_warmup_step=10) for step in range(10)] == ["a, b"] * 10
+
+
+@given(captions, st.integers(0, 9), st.integers(), st.integers(0, 40), st.integers(0, 9))
+def test_the_token_warm_up_spares_kept_tokens_and_loses_none_in_the_end(parts, keep, seed, step, least):
+    settings = {"shuffle_caption": True, "keep_tokens": keep, "token_warmup_min": least, "token_warmup_step": 20}
+    out = split(process(",".join(parts), seed=seed, step=step, **settings))
+    assert out[:keep] == parts[:keep]
+    assert not Counter(out) - Counter(parts)
+    assert step < 20 or Counter(out) == Counter(parts)
+
+
+@given(st.text("ab{}|,; \n", max_size=20), st.integers(), st.integers(0, 12))
+def test_every_step_together_depends_on_the_seed_only_and_no_text_is_refused(text, seed, step):
+    settings = {
+        "enable_wildcard": True,
+        "secondary_separator": ";",
+        "shuffle_caption": True,
+        "token_warmup_step": 0.5,
+        "caption_tag_dropout_rate": 0.2,
+        "caption_prefix": "p",
+    }
+    once, again = (process(text, seed=seed, step=step, total_steps=20, **settings) for _ in range(2))
+    assert once == again and ";" not in once
+
+
+def test_the_longest_wording_has_every_line_and_the_longer_alternative():
+    settings = {"enable_wildcard": True, "caption_suffix": "s", "shuffle_caption": True, "secondary_separator": ";"}
+    assert whole_captions("a ,b;{c|dd}\ne", subset(**settings)) == ["a, b,dd s", "e s"]
+    assert whole_captions("a ,b\ne", subset(caption_dropout_rate=1.0)) == ["a ,b"]

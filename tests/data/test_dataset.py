@@ -285,3 +285,16 @@ def test_a_batch_moves_whole(folder):
     }
     text = TextStore(empty=fake_text_encoder([""])).get("any", empty=True)
     assert text.pooled_BP.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_token_warm_up_follows_the_steps_of_the_run(folder, workers):
+    data = build(
+        folder, subset_changes={"token_warmup_step": 0.5, "num_repeats": 2}, accumulation=2, num_workers=workers
+    )
+    data.set_length(4 * data.steps_per_epoch)
+    length = 2 * data.steps_per_epoch
+    for epoch, start in ((0, 0), (1, 0), (1, 2), (2, 0)):
+        for step, group in enumerate(data.epoch(epoch, start), epoch * data.steps_per_epoch + start):
+            parts = {len(caption.split(", ")) for batch in group.micro_batches for caption in batch.captions}
+            assert parts == {3 if step >= length else step * 2 // length + 1}

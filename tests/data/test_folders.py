@@ -122,3 +122,9 @@ def test_a_resolution_without_buckets_must_fit_the_model(tmp_path):
     write_picture(tmp_path / "a.png", 64, 64, caption="x")
     with pytest.raises(UserError, match="40x64 is not a multiple of 32"):
         assemble([dataset(subset(tmp_path), enable_bucket=False, resolution=Size(40, 64))])
+
+
+def test_with_wildcards_every_line_that_is_not_empty_is_kept(tmp_path):
+    write_picture(tmp_path / "a.png", 8, 8, caption="\n first \n\n second\n")
+    assert scanned(tmp_path, enable_wildcard=True)[0][0].caption == "first\nsecond"
+    assert scanned(tmp_path)[0][0].caption == "first"

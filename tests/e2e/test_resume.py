@@ -45,6 +45,29 @@ def test_thirteen_steps_and_seventeen_resumed_equal_thirty(train, workers, accum
 
 
 @pytest.mark.e2e
+def test_resuming_inside_a_token_warm_up_is_exact(train, pictures):
+    for path in pictures.rglob("*.txt"):
+        path.write_text(f"{path.read_text()}\na {{green|blue}} circle; small, plain, on white, nothing else")
+    flags = [
+        "--max_train_steps=12",
+        "--token_warmup_step=0.75",
+        "--enable_wildcard",
+        "--secondary_separator=;",
+        "--shuffle_caption",
+        "--save_state",
+    ]
+    whole = train("whole", *flags, "--save_every_n_steps=5")
+    copy_log(whole, whole.parent / "resumed")
+    state = whole / "net-step00000005-state"
+    resumed = train("resumed", *flags, f"--resume={state}", "--max_data_loader_n_workers=2")
+    first, second = load_file(whole / "net.safetensors"), load_file(resumed / "net.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert log_of(whole) == log_of(resumed)
+    steady = train("steady", *flags, "--token_warmup_step=0")
+    assert log_of(steady) != log_of(whole)
+
+
+@pytest.mark.e2e
 def test_the_number_of_workers_does_not_change_a_run(train):
     flags = ["--max_train_steps=6", "--random_crop", "--shuffle_caption", "--flip_aug"]
     one = log_of(train("w0", *flags))

@@ -35,7 +35,7 @@ def scan(subset: SubsetSpec, *, report: ScanReport) -> Iterator[ImageRecord]:
             report.skipped.append(size)
             continue
         try:
-            caption = read_caption(path, subset.caption_extension)
+            caption = read_caption(path, subset.caption_extension, all_lines=subset.enable_wildcard)
         except (UnicodeDecodeError, OSError) as error:
             report.skipped.append(Skipped(str(path), _caption_problem(error)))
             continue
@@ -64,8 +64,8 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
-def read_caption(image: Path, extension: str) -> str | None:
-    """The first line of the image's caption file, stripped; None without a file.
+def read_caption(image: Path, extension: str, *, all_lines: bool = False) -> str | None:
+    """The first line of the image's caption file, or all that are not empty, stripped; None without a file.
 
     Looks for `<stem><extension>`, then, for a stem that ends in four face-box numbers, for the stem without them.
     Raises UnicodeDecodeError when the file is not UTF-8 (a byte-order mark is allowed).
@@ -78,7 +78,8 @@ def read_caption(image: Path, extension: str) -> str | None:
         path = image.with_name(stem + extension)
         if path.is_file():
             text = path.read_text(encoding="utf-8-sig").strip()
-            return text.splitlines()[0].strip() if text else ""
+            lines = [line.strip() for line in text.splitlines()]
+            return "\n".join([line for line in lines if line] if all_lines else lines[:1])
     return None
 
 

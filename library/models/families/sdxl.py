@@ -13,6 +13,7 @@ from library.models.bundle import ModelBundle
 
 load = checkpoint.load_bundle
 tokenize = text_encode.tokenize
+count_tokens = text_encode.count_tokens
 encode_text = text_encode.encode_text
 encode_text_gen = text_encode.encode_text_gen
 encode_image = vae.encode_image
