@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from library.config.dataset_file import DatasetSpec
-from library.data.batching import Pool, Row
+from library.data.batching import Pool, Rows
 from library.data.buckets import BucketPolicy, UnplaceableImage
-from library.data.types import ImageRecord, PlacedImage, ScanReport, Skipped
+from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
+from library.data.table import ImageTable
 from library.errors import UserError
 from library.plugins import load_plugin
 
@@ -29,7 +32,7 @@ def policy_of(spec: DatasetSpec) -> BucketPolicy:
     )
 
 
-def assemble(specs: Sequence[DatasetSpec]) -> tuple[list[PlacedImage], ScanReport]:
+def assemble(specs: Sequence[DatasetSpec]) -> tuple[ImageTable, ScanReport]:
     """Every usable image of every data set, in the order of the descriptions, and what was left out.
 
     Within a data set the regularisation images come last, with the repeats that `balance` gives them.
@@ -38,58 +41,62 @@ def assemble(specs: Sequence[DatasetSpec]) -> tuple[list[PlacedImage], ScanRepor
         raise UserError(
             "there are no images to train on", where="the data set", fix="give --train_data_dir or --dataset_config"
         )
+    for spec in specs:
+        _check_resolution(spec)
     report = ScanReport()
-    images: list[PlacedImage] = []
+    table = ImageTable(_place_all(specs, report))
+    balance_reg(table)
+    return table, report
+
+
+def _place_all(specs: Sequence[DatasetSpec], report: ScanReport) -> Iterator[PlacedImage]:
     seen: Counter[str] = Counter()
     for index, spec in enumerate(specs):
-        _check_resolution(spec)
-        placed = list(_place(spec, index, report=report, seen=seen))
-        training = [image for image in placed if not image.record.subset.is_reg]
-        needed, unused = balance(
-            [image for image in placed if image.record.subset.is_reg],
-            num_train_images=sum(image.record.repeats for image in training),
-        )
-        images += training + needed
-        report.unused_reg += unused
-    return images, report
+        policy = policy_of(spec)
+        for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
+            source = load_plugin("library.data.sources", subset.source)
+            for record in source.scan(subset, report=report):
+                try:
+                    placement = policy.place(record.size)
+                except UnplaceableImage as reason:
+                    report.skipped.append(Skipped(record.path, str(reason)))
+                    continue
+                yield PlacedImage(_unique(record, seen), placement, index)
 
 
-def _place(spec: DatasetSpec, index: int, *, report: ScanReport, seen: Counter[str]) -> Iterator[PlacedImage]:
-    """The usable images of one data set, subset by subset."""
-    policy = policy_of(spec)
-    for subset in spec.subsets:
-        source = load_plugin("library.data.sources", subset.source)
-        for record in source.scan(subset, report=report):
-            try:
-                placement = policy.place(record.size)
-            except UnplaceableImage as reason:
-                report.skipped.append(Skipped(record.path, str(reason)))
-                continue
-            yield PlacedImage(_unique(record, seen), placement, index)
-
-
-def balance(reg: Sequence[PlacedImage], *, num_train_images: int) -> tuple[list[PlacedImage], list[PlacedImage]]:
-    """The regularisation images with their repeats for an epoch, and those that are not needed.
+def balance(repeats: Sequence[int], *, num_train_images: int) -> list[int]:
+    """How often each regularisation image is used in an epoch, given how often its subset asks for it.
 
     Images are taken in order, each as often as its subset says, until they are as many as the training images
-    (repeats included); as long as they are fewer, each gets one repeat more, in order (dataset_config.md §4).
+    (repeats included); those that come later are not used (0). As long as they are fewer, each gets one repeat more,
+    in order (dataset_config.md §4).
     """
-    repeats: list[int] = []
+    taken: list[int] = []
     total = 0
-    for image in reg:
+    for count in repeats:
         if total >= num_train_images:
             break
-        repeats.append(image.record.repeats)
-        total += image.record.repeats
+        taken.append(count)
+        total += count
     missing = max(num_train_images - total, 0)
-    if repeats:
-        rounds, rest = divmod(missing, len(repeats))
-        repeats = [count + rounds + (position < rest) for position, count in enumerate(repeats)]
-    needed = [
-        replace(image, record=replace(image.record, repeats=count))
-        for image, count in zip(reg[: len(repeats)], repeats, strict=True)
-    ]
-    return needed, list(reg[len(repeats) :])
+    if taken:
+        rounds, rest = divmod(missing, len(taken))
+        taken = [count + rounds + (position < rest) for position, count in enumerate(taken)]
+    return taken + [0] * (len(repeats) - len(taken))
+
+
+def balance_reg(table: ImageTable) -> None:
+    """Set the repeats of the regularisation images of every data set to fit its training images.
+
+    Those that are not used now stay unused: when this is done again after images were left out, they are in no cache.
+    """
+    is_reg, datasets = table.is_reg, table.image_datasets
+    is_used = table.is_live & (table.repeats > 0)
+    for dataset in np.unique(datasets[is_reg]).tolist():
+        here = is_used & (datasets == dataset)
+        reg = np.flatnonzero(here & is_reg)
+        asked = [table.subset(image).num_repeats for image in reg.tolist()]
+        table.repeats[reg] = balance(asked, num_train_images=int(table.repeats[here & ~is_reg].sum()))
 
 
 def _check_resolution(spec: DatasetSpec) -> None:
@@ -102,15 +109,20 @@ def _check_resolution(spec: DatasetSpec) -> None:
         )
 
 
-def group_into_pools(images: Sequence[PlacedImage], specs: Sequence[DatasetSpec]) -> list[Pool]:
+def group_into_pools(table: ImageTable, specs: Sequence[DatasetSpec]) -> list[Pool]:
     """Pools in ascending order of (data set, bucket); each image is in its pool once per repeat."""
-    rows: defaultdict[tuple, list[Row]] = defaultdict(list)
-    for index, image in enumerate(images):
-        rows[image.dataset, image.placement.bucket] += [Row(index, repeat) for repeat in range(image.record.repeats)]
-    return [
-        Pool(dataset, bucket, specs[dataset].batch_size, tuple(rows[dataset, bucket]))
-        for dataset, bucket in sorted(rows)
-    ]
+    rows = table.rows
+    buckets = sorted({placement.bucket for placement in table.placements})
+    number_of = {bucket: number for number, bucket in enumerate(buckets)}
+    bucket_of = np.array([number_of[placement.bucket] for placement in table.placements], dtype=np.int64)
+    pool_of = table.dataset_of[rows] * len(buckets) + bucket_of[table.placement_of[rows]]
+    pools = []
+    for number in np.unique(pool_of).tolist():
+        dataset, bucket = divmod(number, len(buckets))
+        members = rows[pool_of == number]
+        repeats = table.repeats[table.image_of[members]]
+        pools.append(Pool(dataset, buckets[bucket], specs[dataset].batch_size, Rows.repeated(members, repeats)))
+    return pools
 
 
 def _unique(record: ImageRecord, seen: Counter[str]) -> ImageRecord:

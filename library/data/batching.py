@@ -9,17 +9,46 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from library.seeds import derive_seed
 from library.sizes import Size
 
 
 class Row(NamedTuple):
-    """One visit of one image: its index in the data and which of its repeats this is."""
+    """One visit of one image: its row in the table of images and which of its repeats this is."""
 
     image: int
     repeat: int
+
+
+class Rows(Sequence[Row]):
+    """Visits held in two int64 columns."""
+
+    def __init__(self, images: np.ndarray, repeats: np.ndarray) -> None:
+        self._images, self._repeats = images, repeats
+
+    @classmethod
+    def repeated(cls, images: np.ndarray, counts: np.ndarray) -> Rows:
+        """Each image `counts` times, its repeats numbered from 0."""
+        ends = np.cumsum(counts)
+        numbers = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        return cls(np.repeat(images, counts), numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+        if isinstance(index, slice):
+            pairs = zip(self._images[index].tolist(), self._repeats[index].tolist(), strict=True)
+            return tuple(Row(*pair) for pair in pairs)
+        return Row(int(self._images[index]), int(self._repeats[index]))
+
+    def __len__(self) -> int:
+        return len(self._images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +58,7 @@ class Pool:
     dataset: int
     bucket: Size
     batch_size: int
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +79,58 @@ class RankRows:
     num_real: int
 
 
-def epoch_plan(
-    pools: Sequence[Pool], *, world: int, accumulation: int, seed: int, epoch: int
-) -> list[tuple[MicroBatch, ...]]:
-    """The optimizer steps of one epoch, each a group of up to `accumulation` micro-batches.
+class EpochPlan(Sequence[tuple[MicroBatch, ...]]):
+    """The optimizer steps of one epoch, each a group of up to `accumulation` micro-batches, made when asked for."""
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        orders: Sequence[np.ndarray],
+        cuts: Sequence[tuple[int, int, int]],
+        *,
+        accumulation: int,
+    ) -> None:
+        self._pools, self._orders, self._cuts = pools, orders, cuts
+        self._accumulation = accumulation
+
+    def _micro_batch(self, cut: tuple[int, int, int]) -> MicroBatch:
+        number, start, stop = cut
+        pool = self._pools[number]
+        rows = tuple(pool.rows[index] for index in self._orders[number][start:stop].tolist())
+        return MicroBatch(pool.dataset, pool.bucket, rows)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[MicroBatch, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[MicroBatch, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[MicroBatch, ...] | list[tuple[MicroBatch, ...]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self._accumulation
+        return tuple(map(self._micro_batch, self._cuts[start : start + self._accumulation]))
+
+    def __len__(self) -> int:
+        return -(-len(self._cuts) // self._accumulation)
+
+
+def epoch_plan(pools: Sequence[Pool], *, world: int, accumulation: int, seed: int, epoch: int) -> EpochPlan:
+    """The order of one epoch.
 
     Within a pool the rows are shuffled and cut into micro-batches of `batch_size * world` (the last one may be
     smaller); the micro-batches of all pools are shuffled and grouped; the last group may be shorter.
     """
     rng = random.Random(derive_seed(seed, "order", epoch))
-    micro_batches = []
-    for pool in sorted(pools, key=lambda pool: (pool.dataset, pool.bucket)):
-        rows = list(pool.rows)
-        rng.shuffle(rows)
+    pools = sorted(pools, key=lambda pool: (pool.dataset, pool.bucket))
+    orders: list[np.ndarray] = []
+    cuts: list[tuple[int, int, int]] = []
+    for number, pool in enumerate(pools):
+        order = list(range(len(pool.rows)))
+        rng.shuffle(order)
+        orders.append(np.array(order, dtype=np.int64))
         width = pool.batch_size * world
-        for start in range(0, len(rows), width):
-            micro_batches.append(MicroBatch(pool.dataset, pool.bucket, tuple(rows[start : start + width])))
-    rng.shuffle(micro_batches)
-    return [tuple(micro_batches[i : i + accumulation]) for i in range(0, len(micro_batches), accumulation)]
+        cuts += [(number, start, start + width) for start in range(0, len(order), width)]
+    rng.shuffle(cuts)
+    return EpochPlan(pools, orders, cuts, accumulation=accumulation)
 
 
 def count_steps(pools: Sequence[Pool], *, world: int, accumulation: int) -> int:

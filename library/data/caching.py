@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch.distributed
 
 from library.data.progress import progress_bar
-from library.data.types import PlacedImage, Skipped
+from library.data.records import Skipped
 from library.io.latent_cache import CacheCheck
 
 T = TypeVar("T")
@@ -63,58 +64,63 @@ class CacheReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One cache entry to be had, and the images (uses of one file, as a rule a single one) that share it."""
+@dataclass(frozen=True)
+class Targets:
+    """The distinct entries to be had.
 
-    path: Path
-    images: tuple[PlacedImage, ...]
-
-
-def make_targets(
-    images: Sequence[PlacedImage],
-    *,
-    standard_path: Callable[[PlacedImage], Path],
-    identity: Callable[[PlacedImage], Hashable],
-) -> list[Target]:
-    """One target per distinct entry.
-
-    Images of one standard path share the entry when their identity is equal. Otherwise (a.png beside a.jpg, or one
-    folder used at two resolutions) the first in order has the standard path, and later ones get one with a hash of
-    the identity in it, so that they do not overwrite each other in turn.
+    `first` (int64) holds for each the row or image that stands for it, ascending; `number_of` (int64) for each row
+    or image the number of its entry, -1 for those that are not used.
     """
-    shared: dict[tuple[Path, Hashable], list[PlacedImage]] = {}
-    for image in images:
-        shared.setdefault((standard_path(image), identity(image)), []).append(image)
+
+    first: np.ndarray
+    number_of: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, total: int) -> Targets:
+    """One target for all members (numbers below `total`, ascending) whose identities, one value per column, agree."""
+    columns = np.stack([column.astype(np.uint64) for column in identities], axis=1)
+    _, first, group = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank_of = np.empty_like(order)
+    rank_of[order] = np.arange(len(order))
+    number_of = np.full(total, -1, dtype=np.int64)
+    number_of[members] = rank_of[group.reshape(-1)]
+    return Targets(members[first[order]], number_of)
+
+
+def entry_paths(standard: Sequence[Path], identities: Sequence[Hashable]) -> list[Path]:
+    """The file of each entry, all different.
+
+    Of entries with one standard path (a.png beside a.jpg, or one folder used at two resolutions) the first has it, and
+    later ones get a hash of their identity into the name, so that they do not overwrite each other in turn.
+    """
     taken: set[Path] = set()
-    targets = []
-    for (path, what), group in shared.items():
+    paths = []
+    for path, what in zip(standard, identities, strict=True):
         if path in taken:
             digest = hashlib.blake2b(repr(what).encode(), digest_size=4).hexdigest()
             path = path.with_name(f"{path.stem}_{digest}{path.suffix}")
         taken.add(path)
-        targets.append(Target(path, tuple(group)))
-    return targets
+        paths.append(path)
+    return paths
 
 
 def inspect_all(
-    targets: Sequence[Target],
-    inspect: Callable[[Target], CacheCheck],
-    *,
-    rank: int,
-    world: int,
-    title: str,
+    total: int, inspect: Callable[[int], CacheCheck], *, rank: int, world: int, title: str
 ) -> list[CacheCheck]:
-    """The check of every target's file, in order; the ranks share the looking and all know the result."""
-    mine = range(rank, len(targets), world)
+    """The check of every entry's file, in order; the ranks share the looking and all know the result."""
+    mine = range(rank, total, world)
     checks: dict[int, CacheCheck] = {}
     with ThreadPoolExecutor(FILE_CHECKERS) as pool, progress_bar(len(mine), title=title, unit="file", delay=2.0) as bar:
-        for index, check in zip(mine, pool.map(lambda i: inspect(targets[i]), mine), strict=True):
-            checks[index] = check
+        for number, check in zip(mine, pool.map(inspect, mine), strict=True):
+            checks[number] = check
             bar.update()
     for part in exchange(checks):
         checks |= part
-    return [checks[index] for index in range(len(targets))]
+    return [checks[number] for number in range(total)]
 
 
 def usable(check: CacheCheck) -> bool:
@@ -122,15 +128,15 @@ def usable(check: CacheCheck) -> bool:
     return check.status in ("valid", "foreign")
 
 
-def stale_entries(targets: Sequence[Target], checks: Sequence[CacheCheck]) -> list[Stale]:
-    """The files that are there and have to be built again, with what changed."""
+def stale_entries(places: Callable[[int], str], checks: Sequence[CacheCheck]) -> list[Stale]:
+    """The entries that are there and have to be built again, with what changed; `places` names them."""
     stale = []
-    for target, check in zip(targets, checks, strict=True):
+    for number, check in enumerate(checks):
         reason = "; ".join(check.reasons)
         if check.status == "broken":
-            stale.append(Stale(str(target.path), f"unreadable ({reason})"))
+            stale.append(Stale(places(number), f"unreadable ({reason})"))
         elif check.status == "stale":
-            stale.append(Stale(str(target.path), reason))
+            stale.append(Stale(places(number), reason))
     return stale
 
 

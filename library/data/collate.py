@@ -16,10 +16,14 @@ from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
 from library.data.captions import process_caption
+from library.data.pixels import load_sample
+from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore, TextStore
-from library.data.transforms import crop_info, load_sample, read_record
-from library.data.types import READ_ERRORS, Batch, PlacedImage, SampleKey, Skipped
-from library.diffusion.conditioning import CropInfo, TextCond, legacy_size_ids, size_ids
+from library.data.table import ImageTable
+from library.data.transforms import crop_info, read_record
+from library.data.types import Batch, SampleKey
+from library.diffusion.conditioning import TextCond
+from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
 from library.seeds import derive_seed
 
 
@@ -49,7 +53,7 @@ class BatchBuilder(Dataset):
 
     def __init__(
         self,
-        images: list[PlacedImage],
+        table: ImageTable,
         *,
         seed: int,
         legacy_crop: bool,
@@ -57,7 +61,7 @@ class BatchBuilder(Dataset):
         text: TextStore | None = None,
         total_steps: int | None = None,
     ) -> None:
-        self.images = images
+        self.table = table
         self.seed = seed
         self.legacy_crop = legacy_crop
         self.latents = latents
@@ -71,7 +75,7 @@ class BatchBuilder(Dataset):
             try:
                 samples.append(self.load(row, epoch=work.epoch, step=work.step))
             except READ_ERRORS as error:
-                failures.append(Skipped.because_of(self.images[row.image].record.path, error))
+                failures.append(Skipped.because_of(self.table[row.image].record.path, error))
         num_real = len(samples)
         if not samples:
             samples.append(self._filler(work))
@@ -80,7 +84,7 @@ class BatchBuilder(Dataset):
 
     def load(self, row: Row, *, epoch: int, step: int) -> Sample:
         """One sample, with all its draws for this visit."""
-        image = self.images[row.image]
+        image = self.table[row.image]
         record, subset = image.record, image.record.subset
         caption = process_caption(
             record.caption,
@@ -93,7 +97,7 @@ class BatchBuilder(Dataset):
         flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
         pixels = latents = None
         if self.latents is not None:
-            latents = self.latents.get(record.key, flipped=flip)
+            latents = self.latents.get(row.image, flipped=flip)
             crop = crop_info(record.size, image.placement, flipped=flip)
         else:
             crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
@@ -104,8 +108,11 @@ class BatchBuilder(Dataset):
                 crop_rng=crop_rng,
                 interpolation=subset.resize_interpolation,
             )
-        text = None if self.text is None else self.text.get(record.key, empty=caption == "")
+        text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
         return Sample(SampleKey(record.key, row.repeat), caption, crop, record.weight, pixels, latents, text)
+
+    def _image_of(self, row: Row) -> int:
+        return int(self.table.image_of[row.image])
 
     def _rng(self, purpose: str, *, epoch: int, image: PlacedImage, row: Row) -> random.Random:
         return random.Random(derive_seed(self.seed, purpose, epoch, image.record.key, row.repeat))
@@ -113,7 +120,7 @@ class BatchBuilder(Dataset):
     def _filler(self, work: Work) -> Sample:
         """A blank row of the right shape, for a rank none of whose own rows can be had. It carries no weight."""
         row = work.rows.rows[0]
-        image = self.images[row.image]
+        image = self.table[row.image]
         bucket = image.placement.bucket
         crop = crop_info(image.record.size, image.placement, flipped=False)
         pixels = latents = None

@@ -14,13 +14,15 @@ from torch.utils.data import DataLoader, Sampler
 
 from library.config.dataset_file import DatasetSpec
 from library.data import report
-from library.data.assemble import assemble, group_into_pools
+from library.data.assemble import assemble, balance_reg, group_into_pools
 from library.data.batching import Pool, count_steps, epoch_plan, rank_rows
 from library.data.collate import BatchBuilder, Work
+from library.data.records import ImageRecord, ScanReport, Skipped
 from library.data.report import DataSummary
 from library.data.stores import LatentStore, TextStore
+from library.data.table import ImageTable
 from library.data.token_counts import CountTokens, TokenSummary, count_tokens
-from library.data.types import Batch, ImageRecord, PlacedImage, ScanReport, Skipped, StepGroup
+from library.data.types import Batch, StepGroup
 from library.diffusion.conditioning import Tokens
 from library.errors import UserError
 from library.log import get_logger
@@ -59,8 +61,8 @@ def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData
     in `summary()`. Raises UserError when a folder is missing or empty or when nothing is left to train on.
     """
     chosen = DataSettings(**settings)
-    images, scan_report = assemble(specs)
-    return TrainData(specs, images, scan_report=scan_report, settings=chosen)
+    table, scan_report = assemble(specs)
+    return TrainData(specs, table, scan_report=scan_report, settings=chosen)
 
 
 class TrainData:
@@ -69,7 +71,7 @@ class TrainData:
     def __init__(
         self,
         specs: Sequence[DatasetSpec],
-        images: list[PlacedImage],
+        table: ImageTable,
         *,
         scan_report: ScanReport,
         settings: DataSettings,
@@ -82,24 +84,24 @@ class TrainData:
         self._text: TextStore | None = None
         self._total_steps: int | None = None
         self._reported: set[str] = set()
-        self._set_images(images)
+        self.table = table
+        self._group()
 
-    def _set_images(self, images: list[PlacedImage]) -> None:
-        if not images:
+    def _group(self) -> None:
+        if not len(self.table.images):
             raise UserError(
                 "no image is left to train on",
                 where=", ".join(subset.place for spec in self.specs for subset in spec.subsets),
                 fix=report.skipped_text(self.scan_report.skipped),
             )
-        self.images = images
-        self.pools: list[Pool] = group_into_pools(images, self.specs)
+        self.pools: list[Pool] = group_into_pools(self.table, self.specs)
         self._loader: DataLoader | None = None
         self._tokens: TokenSummary | None = None
 
     @property
     def records(self) -> list[ImageRecord]:
         """Every image that is trained on, in scan order."""
-        return [image.record for image in self.images]
+        return [self.table.record(image) for image in self.table.images.tolist()]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,22 +115,23 @@ class TrainData:
 
     def drop(self, failures: Sequence[Skipped]) -> None:
         """Leave images out for the rest of the run, by path. Every rank must drop the same ones."""
-        gone = {failure.path for failure in failures}
-        if gone:
+        if failures:
             self.scan_report.skipped.extend(failures)
-            self._set_images([image for image in self.images if image.record.path not in gone])
+            self.table.drop({failure.path for failure in failures})
+            balance_reg(self.table)
+            self._group()
 
     def attach_latents(self, store: LatentStore) -> None:
         """Take images from `store` from now on; pixels are no longer read."""
-        missing = [record.path for record in self.records if record.key not in store]
-        assert not missing, f"{len(missing)} images have no latents, e.g. {missing[0]}"
+        missing = self.table.rows[~store.has(self.table.rows)]
+        assert not len(missing), f"{len(missing)} images have no latents, e.g. {self.table[int(missing[0])]}"
         self._latents = store
         self._loader = None
 
     def attach_text(self, store: TextStore) -> None:
         """Take encoded captions from `store` from now on; captions are no longer tokenised."""
-        missing = [record.path for record in self.records if record.key not in store]
-        assert not missing, f"{len(missing)} captions are not encoded, e.g. {missing[0]}"
+        missing = self.table.images[~store.has(self.table.images)]
+        assert not len(missing), f"{len(missing)} captions are not encoded, e.g. {self.table.record(int(missing[0]))}"
         self._text = store
         self._loader = None
 
@@ -146,15 +149,17 @@ class TrainData:
         settings = self.settings
         plan = epoch_plan(
             self.pools, world=settings.world, accumulation=settings.accumulation, seed=settings.seed, epoch=epoch
-        )[start_step:]
-        first = epoch * self.steps_per_epoch + start_step
-        works = [
-            Work(epoch, rank_rows(micro, rank=settings.rank, world=settings.world), step)
-            for step, group in enumerate(plan, first)
-            for micro in group
-        ]
-        batches = self._batches(works)
-        for group in plan:
+        )
+        first = epoch * self.steps_per_epoch
+
+        def works() -> Iterator[Work]:
+            for step in range(start_step, len(plan)):
+                for micro in plan[step]:
+                    yield Work(epoch, rank_rows(micro, rank=settings.rank, world=settings.world), first + step)
+
+        batches = self._batches(works())
+        for step in range(start_step, len(plan)):
+            group = plan[step]
             micro_batches = [self._finish(next(batches)) for _ in group]
             yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
 
@@ -162,15 +167,14 @@ class TrainData:
         """Counts for the plan that is printed before training; tokens are counted once, by the first rank."""
         settings = self.settings
         if settings.count_tokens is not None and self._tokens is None and settings.rank == 0:
-            self._tokens = count_tokens(self.images, settings.count_tokens, limit=settings.max_token_length)
-        return report.summarise(self.specs, self.images, scan_report=self.scan_report, tokens=self._tokens)
+            self._tokens = count_tokens(self.table, settings.count_tokens, limit=settings.max_token_length)
+        return report.summarise(self.specs, self.table, scan_report=self.scan_report, tokens=self._tokens)
 
     def ss_metadata(self, *, user_config: bool = True) -> dict[str, str]:
         """The data set part of a network file's ss_* metadata; `user_config` says that --dataset_config was given."""
         return report.ss_metadata(
             self.specs,
-            self.images,
-            unused_reg=self.scan_report.unused_reg,
+            self.table,
             batches_per_epoch=self.batches_per_epoch,
             total_batch_factor=self.settings.world * self.settings.accumulation,
             user_config=user_config,
@@ -178,7 +182,7 @@ class TrainData:
 
     def _builder(self) -> BatchBuilder:
         return BatchBuilder(
-            self.images,
+            self.table,
             seed=self.settings.seed,
             legacy_crop=self.settings.legacy_crop,
             latents=self._latents,
@@ -186,7 +190,7 @@ class TrainData:
             total_steps=self._total_steps,
         )
 
-    def _batches(self, works: list[Work]) -> Iterator[Batch]:
+    def _batches(self, works: Iterator[Work]) -> Iterator[Batch]:
         """Batches in the order of `works`; workers are used only when there are files to read."""
         from_memory = self._latents is not None and self._latents.in_memory
         from_memory = from_memory and (self._text is None or self._text.in_memory)
@@ -227,13 +231,10 @@ class _WorkList(Sampler[Work]):
     """The work of the coming epoch; exchanged between epochs so that workers can stay alive."""
 
     def __init__(self) -> None:
-        self.works: list[Work] = []
+        self.works: Iterator[Work] = iter(())
 
     def __iter__(self) -> Iterator[Work]:
-        return iter(self.works)
-
-    def __len__(self) -> int:
-        return len(self.works)
+        return self.works
 
 
 def _init_worker(worker: int) -> None:

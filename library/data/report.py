@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from library.config.dataset_file import DatasetSpec, SubsetSpec
+from library.data.records import ScanReport, Skipped
+from library.data.table import ImageTable
 from library.data.token_counts import TokenSummary
-from library.data.types import PlacedImage, ScanReport, Skipped
 from library.sizes import Size
 
 LISTED = 5
@@ -94,58 +98,72 @@ def _more(count: int) -> list[str]:
 
 
 def summarise(
-    specs: Sequence[DatasetSpec],
-    images: Sequence[PlacedImage],
-    *,
-    scan_report: ScanReport,
-    tokens: TokenSummary | None = None,
+    specs: Sequence[DatasetSpec], table: ImageTable, *, scan_report: ScanReport, tokens: TokenSummary | None = None
 ) -> DataSummary:
     """Count what is trained on and what is not."""
-    buckets: Counter[Size] = Counter()
-    for image in images:
-        buckets[image.placement.bucket] += image.record.repeats
+    rows = table.rows
     subsets = tuple(
         SubsetSummary(
-            subset.place,
-            len(members),
-            subset.num_repeats,
-            subset.class_tokens,
-            subset.is_reg,
-            sum(image.record.repeats for image in members),
+            group.subset.place,
+            len(group.used),
+            group.subset.num_repeats,
+            group.subset.class_tokens,
+            group.subset.is_reg,
+            int(table.repeats[group.used].sum()),
         )
-        for index, spec in enumerate(specs)
-        for subset in spec.subsets
-        if (members := _members(images, index, subset))
+        for group in _groups(specs, table)
+        if len(group.used)
     )
     return DataSummary(
-        images=len(images),
-        repeats=sum(buckets.values()),
-        buckets=dict(sorted(buckets.items())),
-        mean_ar_error=_mean_ar_error(images),
+        images=len(table.images),
+        repeats=int(table.repeats[table.images].sum()),
+        buckets=_bucket_counts(table, rows),
+        mean_ar_error=_mean_ar_error(table, rows),
         skipped=tuple(scan_report.skipped),
         missing_captions=tuple(scan_report.missing_captions),
         subsets=subsets,
-        num_train_images=_num_train_images(images),
-        num_reg_images=_num_reg_images([*images, *scan_report.unused_reg]),
-        unused_reg=len(scan_report.unused_reg),
+        num_train_images=_num_train_images(table, table.images),
+        num_reg_images=_num_reg_images(table, np.flatnonzero(table.is_live)),
+        unused_reg=int((table.is_live & table.is_reg & (table.repeats == 0)).sum()),
         tokens=tokens,
     )
 
 
-def _num_train_images(images: Sequence[PlacedImage]) -> int:
-    return sum(image.record.repeats for image in images if not image.record.subset.is_reg)
+def _num_train_images(table: ImageTable, images: np.ndarray) -> int:
+    return int(table.repeats[images[~table.is_reg[images]]].sum())
 
 
-def _num_reg_images(images: Sequence[PlacedImage]) -> int:
+def _num_reg_images(table: ImageTable, images: np.ndarray) -> int:
     """As sd-scripts counts them: before they are balanced against the training images."""
-    return sum(image.record.subset.num_repeats for image in images if image.record.subset.is_reg)
+    asked = np.array([subset.num_repeats if subset.is_reg else 0 for subset in table.subsets], dtype=np.int64)
+    return int(asked[table.subset_of[images]].sum())
+
+
+class _Group(NamedTuple):
+    """The images of one subset: all that are there (regularisation images beyond need included), and those in use."""
+
+    dataset: int
+    subset: SubsetSpec
+    listed: np.ndarray
+    used: np.ndarray
+
+
+def _groups(specs: Sequence[DatasetSpec], table: ImageTable) -> list[_Group]:
+    numbers = {id(subset): number for number, subset in enumerate(table.subsets)}
+    datasets = table.image_datasets
+    groups = []
+    for index, spec in enumerate(specs):
+        for subset in spec.subsets:
+            number = numbers.get(id(subset), -1)
+            listed = np.flatnonzero(table.is_live & (table.subset_of == number) & (datasets == index))
+            groups.append(_Group(index, subset, listed, listed[table.repeats[listed] > 0]))
+    return groups
 
 
 def ss_metadata(
     specs: Sequence[DatasetSpec],
-    images: Sequence[PlacedImage],
+    table: ImageTable,
     *,
-    unused_reg: Sequence[PlacedImage] = (),
     batches_per_epoch: int,
     total_batch_factor: int,
     user_config: bool,
@@ -153,19 +171,22 @@ def ss_metadata(
     """The data set part of a network's metadata; every value is text, structures are JSON (model_files.md §9).
 
     `user_config` chooses between the two forms that sd-scripts writes: a list of data sets, or the values of the
-    single data set that the command line describes. `total_batch_factor` is ranks times accumulation. `unused_reg`
-    are regularisation images beyond those in `images`; they count among the images of their folder.
+    single data set that the command line describes. `total_batch_factor` is ranks times accumulation.
+    Regularisation images that are not needed count among the images of their folder.
     """
-    listed = [*images, *unused_reg]
-    datasets = [_dataset_info(spec, index, images, listed) for index, spec in enumerate(specs)]
+    groups = [group for group in _groups(specs, table) if len(group.listed)]
+    datasets = [
+        _dataset_info(spec, table, index, [group for group in groups if group.dataset == index])
+        for index, spec in enumerate(specs)
+    ]
     common = {
-        "ss_num_train_images": str(_num_train_images(images)),
+        "ss_num_train_images": str(_num_train_images(table, table.images)),
         "ss_num_validation_images": "0",
-        "ss_num_reg_images": str(_num_reg_images(listed)),
+        "ss_num_reg_images": str(_num_reg_images(table, np.flatnonzero(table.is_live))),
         "ss_num_batches_per_epoch": str(batches_per_epoch),
     }
-    dirs, tags = _merge_folders(specs, listed)
-    reg_dirs, _ = _merge_folders(specs, listed, is_reg=True)
+    dirs, tags = _merge_folders(table, groups)
+    reg_dirs, _ = _merge_folders(table, groups, is_reg=True)
     shared = {"ss_dataset_dirs": json.dumps(dirs), "ss_tag_frequency": json.dumps(tags)}
     if user_config:
         return common | shared | {"ss_datasets": json.dumps(datasets)}
@@ -193,25 +214,23 @@ def ss_metadata(
     )
 
 
-def _dataset_info(
-    spec: DatasetSpec, index: int, images: Sequence[PlacedImage], listed: Sequence[PlacedImage]
-) -> dict[str, object]:
+def _dataset_info(spec: DatasetSpec, table: ImageTable, index: int, groups: Sequence[_Group]) -> dict[str, object]:
     """One item of the `datasets` list."""
-    members = [image for image in images if image.dataset == index]
-    used = [(subset, _members(listed, index, subset)) for subset in spec.subsets]
+    here = table.image_datasets == index
+    used = table.images[here[table.images]]
     return {
         "is_dreambooth": not any(subset.metadata_file for subset in spec.subsets),
         "batch_size_per_device": spec.batch_size,
-        "num_train_images": _num_train_images(members),
-        "num_reg_images": _num_reg_images([image for image in listed if image.dataset == index]),
+        "num_train_images": _num_train_images(table, used),
+        "num_reg_images": _num_reg_images(table, np.flatnonzero(here & table.is_live)),
         "resolution": list(spec.resolution),
         "enable_bucket": spec.enable_bucket,
         "min_bucket_reso": spec.min_bucket_reso,
         "max_bucket_reso": spec.max_bucket_reso,
-        "tag_frequency": {_basename(subset): _tag_frequency(group) for subset, group in used if group},
-        "bucket_info": _bucket_info(spec, members),
+        "tag_frequency": {_basename(group.subset): _tag_frequency(table, group.listed) for group in groups},
+        "bucket_info": _bucket_info(spec, table, table.rows[table.dataset_of[table.rows] == index]),
         "resize_interpolation": spec.subsets[0].resize_interpolation,
-        "subsets": [_subset_info(subset, len(group)) for subset, group in used if group],
+        "subsets": [_subset_info(group.subset, len(group.listed)) for group in groups],
     }
 
 
@@ -240,7 +259,7 @@ def _subset_info(subset: SubsetSpec, img_count: int) -> dict[str, object]:
 
 
 def _merge_folders(
-    specs: Sequence[DatasetSpec], images: Sequence[PlacedImage], *, is_reg: bool = False
+    table: ImageTable, groups: Sequence[_Group], *, is_reg: bool = False
 ) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
     """`dataset_dirs` (or `reg_dataset_dirs`) and `tag_frequency` (of both) over all data sets.
 
@@ -249,48 +268,52 @@ def _merge_folders(
     """
     dirs: dict[str, dict[str, int]] = {}
     tags: dict[str, dict[str, int]] = {}
-    for index, spec in enumerate(specs):
-        for subset in spec.subsets:
-            group = _members(images, index, subset)
-            if not group:
-                continue
-            tags.setdefault(_basename(subset), _tag_frequency(group))
-            if subset.is_reg != is_reg:
-                continue
-            base = name = _basename(subset)
-            number = 2
-            while name in dirs:
-                name = f"{base} ({number})"
-                number += 1
-            dirs[name] = {"n_repeats": subset.num_repeats, "img_count": len(group)}
+    for group in groups:
+        base = name = _basename(group.subset)
+        if base not in tags:
+            tags[base] = _tag_frequency(table, group.listed)
+        if group.subset.is_reg != is_reg:
+            continue
+        number = 2
+        while name in dirs:
+            name = f"{base} ({number})"
+            number += 1
+        dirs[name] = {"n_repeats": group.subset.num_repeats, "img_count": len(group.listed)}
     return dirs, tags
 
 
-def _bucket_info(spec: DatasetSpec, images: Sequence[PlacedImage]) -> dict[str, object] | None:
+def _bucket_info(spec: DatasetSpec, table: ImageTable, rows: np.ndarray) -> dict[str, object] | None:
     if not spec.enable_bucket:
         return None
+    counts = _bucket_counts(table, rows)
+    buckets = {i: {"resolution": list(size), "count": count} for i, (size, count) in enumerate(counts.items())}
+    return {"buckets": buckets, "mean_img_ar_error": _mean_ar_error(table, rows)}
+
+
+def _bucket_counts(table: ImageTable, rows: np.ndarray) -> dict[Size, int]:
+    """Visits per epoch of each bucket, in ascending order."""
+    repeats = table.repeats[table.image_of[rows]]
+    per_placement = np.bincount(table.placement_of[rows], weights=repeats, minlength=len(table.placements))
     counts: Counter[Size] = Counter()
-    for image in images:
-        counts[image.placement.bucket] += image.record.repeats
-    buckets = {i: {"resolution": list(size), "count": counts[size]} for i, size in enumerate(sorted(counts))}
-    return {"buckets": buckets, "mean_img_ar_error": _mean_ar_error(images)}
+    for placement, count in zip(table.placements, per_placement.tolist(), strict=True):
+        if count:
+            counts[placement.bucket] += int(count)
+    return dict(sorted(counts.items()))
 
 
-def _mean_ar_error(images: Sequence[PlacedImage]) -> float:
-    return sum(abs(image.placement.ar_error) for image in images) / len(images) if images else 0.0
+def _mean_ar_error(table: ImageTable, rows: np.ndarray) -> float:
+    errors = np.array([abs(placement.ar_error) for placement in table.placements], dtype=np.float64)
+    return float(errors[table.placement_of[rows]].mean()) if len(rows) else 0.0
 
 
-def _tag_frequency(images: Sequence[PlacedImage]) -> dict[str, int]:
+def _tag_frequency(table: ImageTable, images: np.ndarray) -> dict[str, int]:
     """The parts of captions; of the tags alone where a source keeps them apart."""
     tags: Counter[str] = Counter()
-    for record in (image.record for image in images):
-        text = record.caption if record.tags is None else record.tags
+    for image in images.tolist():
+        text = table.tags[image]
+        text = table.captions.text(image) if text is None else text
         tags.update(tag for part in text.split(",") if (tag := part.strip().lower()))
     return dict(tags)
-
-
-def _members(images: Sequence[PlacedImage], dataset: int, subset: SubsetSpec) -> list[PlacedImage]:
-    return [image for image in images if image.dataset == dataset and image.record.subset is subset]
 
 
 def _basename(subset: SubsetSpec) -> str:

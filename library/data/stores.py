@@ -1,76 +1,86 @@
-"""Where batches take encoded images and captions from: memory, or the cache files beside the images."""
+"""Where batches take encoded images and captions from."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from library.data.caching import Targets
 from library.diffusion.conditioning import TextCond
-from library.io import latent_cache, text_cache
+from library.io import text_cache
+from library.io.latent_cache import LatentEntry
+
+Entry = TypeVar("Entry", covariant=True)
+
+
+class Entries(Protocol[Entry]):
+    """Cache entries by number, in memory or on disk; can be pickled.
+
+    `read` raises UserError when a file is damaged, KeyError when the entry is not there.
+    """
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading needs no file."""
+
+    def read(self, number: int) -> Entry:
+        """One entry."""
+
+    def has(self, numbers: np.ndarray) -> np.ndarray:
+        """For every number, bool, whether there is such an entry."""
 
 
 class LatentStore:
-    """Latents by record key, float32 (4, h, w), as the VAE gave them (not scaled)."""
+    """Latents by row of the table of images, float32 (4, h, w), as the VAE gave them (not scaled)."""
 
-    def __init__(self) -> None:
-        self._entries: dict[str, latent_cache.LatentEntry | Path] = {}
+    def __init__(self, targets: Targets, entries: Entries[LatentEntry]) -> None:
+        self._targets, self._entries = targets, entries
 
-    def put(self, key: str, entry: latent_cache.LatentEntry | Path) -> None:
-        """Add an entry, or the path of a cache file that is known to hold it."""
-        self._entries[key] = entry
-
-    def get(self, key: str, *, flipped: bool) -> Tensor:
+    def get(self, row: int, *, flipped: bool) -> Tensor:
         """The latents of the image or of its mirror image. Raises UserError when a cache file cannot be read."""
-        entry = self._entries[key]
-        if isinstance(entry, Path):
-            entry = latent_cache.read(entry)
+        entry = self._entries.read(int(self._targets.number_of[row]))
         latents = entry.flipped_4hw if flipped else entry.latents_4hw
         if latents is None:
-            raise KeyError(f"{key} has no mirrored latents")
+            raise KeyError(f"row {row} has no mirrored latents")
         return latents
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def has(self, rows: np.ndarray) -> np.ndarray:
+        """For every row, bool, whether its latents are there."""
+        return _has(self._targets, self._entries, rows)
 
     @property
     def in_memory(self) -> bool:
         """Whether reading needs no file."""
-        return not any(isinstance(entry, Path) for entry in self._entries.values())
+        return self._entries.in_memory
 
 
 class TextStore:
-    """Encoded captions by record key, one row each, and the encoding of the empty caption for caption dropout."""
+    """Encoded captions by number of the image, one row each, and that of the empty caption for caption dropout."""
 
-    def __init__(self, *, empty: TextCond) -> None:
+    def __init__(self, targets: Targets, entries: Entries[TextCond], *, empty: TextCond) -> None:
+        self._targets, self._entries = targets, entries
         self.empty = empty
-        self._entries: dict[str, TextCond | Path] = {}
 
-    def put(self, key: str, entry: TextCond | Path) -> None:
-        """Add a row (batch of 1), or the path of a cache file that is known to hold it."""
-        self._entries[key] = entry
+    def get(self, image: int, *, empty: bool = False) -> TextCond:
+        """The float32 row of an image, or that of the empty caption. Raises UserError when a file cannot be read."""
+        return self.empty if empty else self._entries.read(int(self._targets.number_of[image]))
 
-    def get(self, key: str, *, empty: bool = False) -> TextCond:
-        """The float32 row of a record, or that of the empty caption. Raises UserError when a file cannot be read."""
-        if empty:
-            return self.empty
-        entry = self._entries[key]
-        return text_row(text_cache.read(entry)) if isinstance(entry, Path) else entry
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def has(self, images: np.ndarray) -> np.ndarray:
+        """For every image, bool, whether its caption is there."""
+        return _has(self._targets, self._entries, images)
 
     @property
     def in_memory(self) -> bool:
         """Whether reading needs no file."""
-        return not any(isinstance(entry, Path) for entry in self._entries.values())
+        return self._entries.in_memory
+
+
+def _has(targets: Targets, entries: Entries, members: np.ndarray) -> np.ndarray:
+    numbers = targets.number_of[members]
+    return (numbers >= 0) & entries.has(np.maximum(numbers, 0))
 
 
 def text_row(entry: text_cache.TextEntry) -> TextCond:

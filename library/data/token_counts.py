@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from library.data.captions import whole_captions
 from library.data.progress import progress_bar
-from library.data.types import PlacedImage
+from library.data.table import ImageTable
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 """Captions -> their lengths in tokens, without begin and end token."""
@@ -43,19 +43,19 @@ class TokenSummary:
         )
 
 
-def count_tokens(images: Sequence[PlacedImage], count: CountTokens, *, limit: int) -> TokenSummary:
+def count_tokens(table: ImageTable, count: CountTokens, *, limit: int) -> TokenSummary:
     """Measure the longest wording of every image's caption; equal captions are tokenised once.
 
     An image with a caption of several lines counts as cut when one of the lines that may be chosen is.
     """
-    wholes: dict[tuple[str, object], list[str]] = {}
-    uses: Counter[tuple[str, object]] = Counter()
+    wholes: dict[tuple[str, int], list[str]] = {}
+    uses: Counter[tuple[str, int]] = Counter()
+    images = table.images.tolist()
     for image in images:
-        subset = image.record.subset
-        key = (image.record.caption, id(subset))
+        key = (table.captions.text(image), int(table.subset_of[image]))
         uses[key] += 1
         if key not in wholes:
-            wholes[key] = whole_captions(image.record.caption, subset)
+            wholes[key] = whole_captions(key[0], table.subset(image))
     texts = sorted({text for lines in wholes.values() for text in lines})
     lengths: dict[str, int] = {}
     with progress_bar(len(texts), title="counting tokens", unit="caption", delay=2.0) as bar:

@@ -1,4 +1,4 @@
-"""From a decoded image to the pixels of a training sample, and the record of what was cut away."""
+"""From a decoded image to the window that is trained on, and the record of what was cut away. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import random
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from library.data.buckets import Placement
-from library.data.types import ImageRecord
-from library.diffusion.conditioning import CropInfo
+from library.data.records import ImageRecord
+from library.diffusion.crops import CropInfo
 from library.errors import UserError
 from library.io.images import read_image
 from library.sizes import Size
@@ -73,11 +71,6 @@ def apply_crop(image: np.ndarray, crop: CropInfo, *, interpolation: str | None =
     return np.ascontiguousarray(window)
 
 
-def to_pixels(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(image).permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0)
-
-
 def read_record(record: ImageRecord) -> np.ndarray:
     """The decoded image, uint8 (H, W, 3). Raises UserError when it is unreadable or no longer of the scanned size."""
     image = read_image(record.path)
@@ -85,20 +78,3 @@ def read_record(record: ImageRecord) -> np.ndarray:
     if size != record.size:
         raise UserError(f"the image is now {size}; it was {record.size} when the run started", where=record.path)
     return image
-
-
-def load_sample(
-    image: np.ndarray,
-    placement: Placement,
-    *,
-    flip: bool = False,
-    crop_rng: random.Random | None = None,
-    interpolation: str | None = None,
-) -> tuple[Tensor, CropInfo]:
-    """Pixels (3, H, W) in [-1, 1] of a decoded image and the record of its crop.
-
-    `crop_rng` draws the crop offset; None crops the centre.
-    """
-    original = Size(image.shape[1], image.shape[0])
-    crop = crop_info(original, placement, flipped=flip, rng=crop_rng)
-    return to_pixels(apply_crop(image, crop, interpolation=interpolation)), crop

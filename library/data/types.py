@@ -1,52 +1,18 @@
-"""The records that travel through the data pipeline, from a file on disk to a batch on the device."""
+"""What reaches the training loop: batches, and the groups of them that make up an optimizer step."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from library.config.dataset_file import SubsetSpec
-from library.data.buckets import Placement
+from library.data.records import Skipped
 from library.diffusion.conditioning import TextCond, Tokens
-from library.errors import UserError
 from library.sizes import Size
-
-READ_ERRORS = (UserError, OSError, ValueError, KeyError)
-"""What a damaged image or cache file can raise; it costs the sample, not the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One image file and what its subset says about it.
-
-    `key` names the image independently of where the data set lies ("<folder>/<file>", with "#2" and so on for a
-    second use of the same name); every random draw of a sample is derived from it, so moving a data set does not
-    change a training run. `size` is that of the file as it is shown (EXIF rotation applied), in pixels. `tags` is the
-    tag part of `caption` for a source that keeps the two apart, else None.
-    """
-
-    key: str
-    path: str
-    size: Size
-    caption: str
-    subset: SubsetSpec
-    repeats: int = 1
-    weight: float = 1.0
-    tags: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedImage:
-    """A record together with its bucket; `dataset` is the index of its `[[datasets]]` entry."""
-
-    record: ImageRecord
-    placement: Placement
-    dataset: int
 
 
 class SampleKey(NamedTuple):
@@ -54,32 +20,6 @@ class SampleKey(NamedTuple):
 
     record: str
     repeat: int
-
-
-class Skipped(NamedTuple):
-    """An image that is left out of training, and why."""
-
-    path: str
-    reason: str
-
-    @classmethod
-    def because_of(cls, path: str, error: Exception) -> Skipped:
-        """The reason in one line."""
-        if isinstance(error, UserError):
-            return cls(path, "; ".join(problem.what for problem in error.problems))
-        return cls(path, f"{type(error).__name__}: {error}")
-
-
-@dataclass
-class ScanReport:
-    """What became of the images that were listed: left out, without a caption, or not needed.
-
-    `unused_reg` holds the regularisation images that no training image is left for.
-    """
-
-    skipped: list[Skipped] = field(default_factory=list)
-    missing_captions: list[str] = field(default_factory=list)
-    unused_reg: list[PlacedImage] = field(default_factory=list)
 
 
 @dataclass

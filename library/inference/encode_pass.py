@@ -13,7 +13,8 @@ from library.data.caching import CacheReport
 from library.data.dataset import TrainData
 from library.data.latent_caching import LatentCacheOptions, LatentEncoder, build_latents
 from library.data.stores import LatentStore, TextStore
-from library.data.text_caching import TextCacheOptions, TextEncoder, build_text
+from library.data.text_backends import TextCacheOptions
+from library.data.text_caching import TextEncoder, build_text
 from library.diffusion.conditioning import TextCond
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl
@@ -45,7 +46,7 @@ def cache_latents_pass(
         batch_size=cfg.model.vae_batch_size,
         skip_check=cfg.data.skip_cache_check,
     )
-    store, report = build_latents(data.images, make_encoder, options=options, rank=rank, world=world)
+    store, report = build_latents(data.table, make_encoder, options=options, rank=rank, world=world)
     data.drop(report.failed)
     return store, report
 
@@ -76,9 +77,7 @@ def cache_text_pass(
         batch_size=cfg.data.text_encoder_batch_size,
         skip_check=cfg.data.skip_cache_check,
     )
-    return build_text(
-        data.images, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world
-    )
+    return build_text(data.table, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world)
 
 
 def _place(module: nn.Module, *, device: torch.device | str, dtype: torch.dtype | None) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from library.data.buckets import BucketPolicy, UnplaceableImage, bucket_list
 from library.data.transforms import crop_info
-from library.diffusion.conditioning import legacy_size_ids
+from library.diffusion.crops import legacy_size_ids
 from library.sizes import Size
 
 SDXL = Size(1024, 1024)

@@ -15,7 +15,8 @@ from library.config.cli import make_config
 from library.config.dataset_file import dataset_specs
 from library.data.dataset import build_train_data
 from library.data.latent_caching import posterior_noise
-from library.data.transforms import load_sample, read_record
+from library.data.pixels import load_sample
+from library.data.transforms import read_record
 from library.inference import encode_pass
 from library.io import latent_cache, text_cache
 from library.models.checkpoint import load_bundle
@@ -158,10 +159,10 @@ def data_of(config, **changes):
 def test_cached_latents_are_what_the_vae_gives(config, bundle):
     cfg, data = data_of(config, cache_latents=True, cache_latents_to_disk=True, vae_batch_size=3)
     store, _ = encode_pass.cache_latents_pass(bundle, data, cfg=cfg, device="cpu")
-    for image in data.images:
+    for row, image in enumerate(data.table):
         pixels_3HW, _ = load_sample(read_record(image.record), image.placement)
         expected = sdxl.encode_image(bundle.vae, pixels_3HW[None], posterior_noise([image], "plain"))[0]
-        assert torch.allclose(store.get(image.record.key, flipped=False), expected, atol=1e-4)
+        assert torch.allclose(store.get(row, flipped=False), expected, atol=1e-4)
         path = latent_cache.latent_cache_path(image.record.path, image.record.size)
         assert latent_cache.read(path).flipped_4hw is None
 
@@ -174,7 +175,8 @@ def test_cached_text_is_what_the_encoders_give(config, bundle):
         network_train_unet_only=True,
     )
     store, _ = encode_pass.cache_text_pass(bundle, data, cfg=cfg, device="cpu")
-    for caption, row in [("", store.empty), *((f"photo, {r.caption}", store.get(r.key)) for r in data.records)]:
+    rows = [(f"photo, {record.caption}", store.get(image)) for image, record in enumerate(data.records)]
+    for caption, row in [("", store.empty), *rows]:
         tokens = sdxl.tokenize(bundle.tokenizer, [caption])
         expected = sdxl.encode_text(bundle.text_encoder_1, bundle.text_encoder_2, tokens)
         assert torch.allclose(row.hidden_BTD, expected.hidden_BTD, atol=1e-4)

@@ -10,11 +10,12 @@ import torch
 from library.data.collate import BatchBuilder
 from library.data.dataset import build_train_data
 from library.data.latent_caching import LatentCacheOptions, build_latents
+from library.data.records import Skipped
 from library.data.stores import TextStore
 from library.data.text_caching import TextCacheOptions, build_text
 from library.data.transforms import crop_info
-from library.data.types import Skipped
-from library.diffusion.conditioning import Tokens, legacy_size_ids, size_ids
+from library.diffusion.conditioning import Tokens
+from library.diffusion.crops import legacy_size_ids, size_ids
 from library.errors import UserError
 from tests.data.fakes import fake_text_encoder, fake_vae
 from tests.data.specs import dataset, subset, write_folder, write_picture
@@ -153,13 +154,13 @@ def test_size_ids_are_real_or_those_of_sd_scripts(folder):
     for legacy, ids in ((False, size_ids), (True, legacy_size_ids)):
         data = build(folder, legacy_crop=legacy)
         seen = rows(data.epoch(0))
-        for image in data.images:
+        for image in data.table:
             expected = ids(crop_info(image.record.size, image.placement, flipped=False))
             assert seen[image.record.key, 0][2] == expected
     assert any(
         size_ids(crop_info(image.record.size, image.placement, flipped=False))
         != legacy_size_ids(crop_info(image.record.size, image.placement, flipped=False))
-        for image in data.images
+        for image in data.table
     )
 
 
@@ -236,10 +237,10 @@ def test_cached_batches_equal_uncached_ones(tmp_path, to_disk):
     plain = list(build(folder, subset_changes=changes).epoch(0))
     cached = build(folder, subset_changes=changes, num_workers=2)
     store, _ = build_latents(
-        cached.images, lambda: fake_vae, options=LatentCacheOptions("v", to_disk=to_disk, batch_size=2)
+        cached.table, lambda: fake_vae, options=LatentCacheOptions("v", to_disk=to_disk, batch_size=2)
     )
     cached.attach_latents(store)
-    texts, _ = build_text(cached.images, fake_text_encoder, options=TextCacheOptions("t", 1, to_disk=to_disk))
+    texts, _ = build_text(cached.table, fake_text_encoder, options=TextCacheOptions("t", 1, to_disk=to_disk))
     cached.attach_text(texts)
     assert store.in_memory == texts.in_memory == (not to_disk)
     if not to_disk:
@@ -261,7 +262,7 @@ def test_cached_batches_equal_uncached_ones(tmp_path, to_disk):
 def test_a_cache_file_that_breaks_during_training_costs_its_sample_only(tmp_path):
     folder = write_folder(tmp_path / "pictures", sizes=[(64, 64)] * 2)
     data = build(folder)
-    store, _ = build_latents(data.images, lambda: fake_vae, options=LatentCacheOptions("v", to_disk=True))
+    store, _ = build_latents(data.table, lambda: fake_vae, options=LatentCacheOptions("v", to_disk=True))
     data.attach_latents(store)
     next(folder.glob("p0*.npz")).write_bytes(b"torn")
     (batch,) = next(data.epoch(0)).micro_batches
@@ -283,7 +284,7 @@ def test_a_batch_moves_whole(folder):
     assert {t.device.type for t in (batch.pixels_B3HW, batch.sizes_B6, batch.weight_B, batch.tokens.ids_2_BnL)} == {
         "meta"
     }
-    text = TextStore(empty=fake_text_encoder([""])).get("any", empty=True)
+    text = TextStore(None, None, empty=fake_text_encoder([""])).get(0, empty=True)
     assert text.pooled_BP.tolist() == [[0.0, 0.0]]
 
 

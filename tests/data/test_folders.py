@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from library.data.assemble import assemble
+from library.data.records import ScanReport
 from library.data.sources.folders import scan
-from library.data.types import ScanReport
 from library.errors import UserError
 from library.sizes import Size
 from tests.data.specs import dataset, subset, write_picture

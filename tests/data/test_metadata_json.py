@@ -5,9 +5,9 @@ import json
 import pytest
 
 from library.data.dataset import build_train_data
+from library.data.records import ScanReport
 from library.data.sources import folders, metadata_json
 from library.data.sources.metadata_json import join_caption
-from library.data.types import ScanReport
 from library.errors import UserError
 from library.plugins import load_plugin
 from library.sizes import Size

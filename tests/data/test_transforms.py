@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data.buckets import BucketPolicy, Placement
-from library.data.transforms import INTERPOLATIONS, crop_info, load_sample, resize, to_pixels
-from library.diffusion.conditioning import size_ids
+from library.data.pixels import load_sample, to_pixels
+from library.data.transforms import INTERPOLATIONS, crop_info, resize
+from library.diffusion.crops import size_ids
 from library.sizes import Size
 from tests.data.specs import picture
 

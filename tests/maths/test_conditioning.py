@@ -11,14 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.diffusion.conditioning import (
-    CropInfo,
-    TextCond,
-    Tokens,
-    legacy_crop_ltrb,
-    legacy_size_ids,
-    size_ids,
-)
+from library.diffusion.conditioning import TextCond, Tokens
+from library.diffusion.crops import CropInfo, legacy_crop_ltrb, legacy_size_ids, size_ids
 from library.sizes import Size
 
 with open(Path(__file__).with_name("golden_conditioning.csv"), newline="") as file:

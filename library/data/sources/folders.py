@@ -9,7 +9,7 @@ from pathlib import Path
 
 from library.config.dataset_file import SubsetSpec
 from library.data.progress import progress_bar
-from library.data.types import READ_ERRORS, ImageRecord, ScanReport, Skipped
+from library.data.records import READ_ERRORS, ImageRecord, ScanReport, Skipped
 from library.errors import UserError
 from library.io.images import IMAGE_EXTENSIONS, read_size
 from library.sizes import Size

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from library.config.dataset_file import SubsetSpec
 from library.data.metadata_file import Entry, locate, read_metadata
+from library.data.records import ImageRecord, ScanReport, Skipped
 from library.data.sources.folders import read_sizes
-from library.data.types import ImageRecord, ScanReport, Skipped
 from library.errors import UserError
 from library.io.images import IMAGE_EXTENSIONS
 from library.sizes import Size

@@ -1,0 +1,211 @@
+"""The images of a run, held in columns.
+
+A million Python objects cost a gigabyte and, in every loader process, a copy of it; the same facts in a few arrays
+cost some hundred bytes an image and are shared. A row is made into an object only when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from library.config.dataset_file import SubsetSpec
+from library.data.buckets import Placement
+from library.data.records import FileStamp, ImageRecord, PlacedImage
+from library.sizes import Size
+
+_NONE = b"\xff"  # no UTF-8 text holds this byte
+_NO_STAMP = -1
+
+
+class TextColumn(Sequence[str | None]):
+    """Texts, or None, in one buffer of UTF-8."""
+
+    def __init__(self, texts: Iterable[str | None] = ()) -> None:
+        self._data = bytearray()
+        self._ends = array("Q", [0])
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str | None) -> None:
+        """Add one at the end."""
+        self._data += _NONE if text is None else text.encode("utf-8", "surrogatepass")
+        self._ends.append(len(self._data))
+
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str | None]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        cell = bytes(self._data[self._ends[index] : self._ends[index + 1]])
+        return None if cell == _NONE else cell.decode("utf-8", "surrogatepass")
+
+    def text(self, index: int) -> str:
+        """The text of a cell that is known to hold one."""
+        text = self[index]
+        assert text is not None, index
+        return text
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the texts take."""
+        return len(self._data) + self._ends.itemsize * len(self._ends)
+
+
+def text_id(text: str) -> int:
+    """64 bits that stand for a text, equal on every platform."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class ImageTable(Sequence[PlacedImage]):
+    """Placed images by row, and what is known of each image by its number.
+
+    An image that is offered at several resolutions has one row for each, one after the other; every other image has
+    one row. Rows and numbers stay what they are for the whole run: `drop` marks images as gone, and an image without
+    repeats is not used either. `rows` and `images` list what is used.
+
+    Columns by row: `image_of`, `dataset_of` (int64) and `placement_of` (int64, into `placements`). By image: `keys`,
+    `paths`, `captions`, `tags`, `masks`, `controls`; `sizes` (int64, (N, 2): w, h); `subset_of` (int64, into
+    `subsets`); `repeats` (int64, may be set); `weights` (float64); `stamps` (int64, (N, 2): bytes and mtime_ns, -1
+    where the source did not look); `path_ids` (uint64, `text_id` of the path).
+    """
+
+    def __init__(self, images: Iterable[PlacedImage] = ()) -> None:
+        self.placements: list[Placement] = []
+        self.subsets: list[SubsetSpec] = []
+        self.keys, self.paths, self.captions = TextColumn(), TextColumn(), TextColumn()
+        self.tags, self.masks, self.controls = TextColumn(), TextColumn(), TextColumn()
+        self._fill(images)
+
+    def _fill(self, images: Iterable[PlacedImage]) -> None:
+        image_of, dataset_of, placement_of, subset_of, repeats = (array("q") for _ in range(5))
+        sizes, stamps, weights, path_ids = array("q"), array("q"), array("d"), array("Q")
+        placement_numbers: dict[Placement, int] = {}
+        subset_numbers: dict[int, int] = {}
+        last: ImageRecord | None = None
+        for placed in images:
+            record = placed.record
+            if record is not last:
+                last = record
+                for column, text in (
+                    (self.keys, record.key),
+                    (self.paths, record.path),
+                    (self.captions, record.caption),
+                    (self.tags, record.tags),
+                    (self.masks, record.mask),
+                    (self.controls, record.control),
+                ):
+                    column.append(text)
+                sizes.extend(record.size)
+                number = subset_numbers.setdefault(id(record.subset), len(self.subsets))
+                if number == len(self.subsets):
+                    self.subsets.append(record.subset)
+                subset_of.append(number)
+                repeats.append(record.repeats)
+                weights.append(record.weight)
+                stamps.extend(record.stamp or (_NO_STAMP, _NO_STAMP))
+                path_ids.append(text_id(record.path))
+            number = placement_numbers.setdefault(placed.placement, len(self.placements))
+            if number == len(self.placements):
+                self.placements.append(placed.placement)
+            placement_of.append(number)
+            dataset_of.append(placed.dataset)
+            image_of.append(len(self.keys) - 1)
+        self.image_of, self.dataset_of, self.placement_of = map(_int64, (image_of, dataset_of, placement_of))
+        self.subset_of, self.repeats = _int64(subset_of), _int64(repeats)
+        self.sizes, self.stamps = _int64(sizes).reshape(-1, 2), _int64(stamps).reshape(-1, 2)
+        self.weights = np.array(weights, dtype=np.float64)
+        self.path_ids = np.array(path_ids, dtype=np.uint64)
+        self.is_live = np.ones(len(self.keys), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.image_of)
+
+    @overload
+    def __getitem__(self, row: int) -> PlacedImage: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[PlacedImage]: ...
+    def __getitem__(self, row: int | slice) -> PlacedImage | list[PlacedImage]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        return PlacedImage(self.record(int(self.image_of[row])), self.placement(row), int(self.dataset_of[row]))
+
+    def placement(self, row: int) -> Placement:
+        """Where the image of a row goes."""
+        return self.placements[self.placement_of[row]]
+
+    def record(self, image: int) -> ImageRecord:
+        """What the source said about an image, with the repeats it has now."""
+        width, height = self.sizes[image].tolist()
+        size, mtime_ns = self.stamps[image].tolist()
+        return ImageRecord(
+            key=self.keys.text(image),
+            path=self.paths.text(image),
+            size=Size(width, height),
+            caption=self.captions.text(image),
+            subset=self.subset(image),
+            repeats=int(self.repeats[image]),
+            weight=float(self.weights[image]),
+            tags=self.tags[image],
+            mask=self.masks[image],
+            control=self.controls[image],
+            stamp=None if size == _NO_STAMP else FileStamp(size, mtime_ns),
+        )
+
+    def subset(self, image: int) -> SubsetSpec:
+        """The subset that an image belongs to."""
+        return self.subsets[self.subset_of[image]]
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are, those that are not used included."""
+        return len(self.keys)
+
+    @property
+    def images(self) -> np.ndarray:
+        """The numbers of the images that are used, int64, ascending."""
+        return np.flatnonzero(self.is_live & (self.repeats > 0))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of the images that are used, int64, ascending."""
+        return np.flatnonzero((self.is_live & (self.repeats > 0))[self.image_of])
+
+    @property
+    def is_reg(self) -> np.ndarray:
+        """For every image whether it is a regularisation image, bool (N,)."""
+        return np.array([subset.is_reg for subset in self.subsets], dtype=bool)[self.subset_of]
+
+    @property
+    def image_datasets(self) -> np.ndarray:
+        """For every image the index of its `[[datasets]]` entry, int64 (N,)."""
+        datasets = np.zeros(self.num_images, dtype=np.int64)
+        datasets[self.image_of] = self.dataset_of
+        return datasets
+
+    def used(self) -> Iterator[PlacedImage]:
+        """The rows in use as objects, one after the other."""
+        return (self[row] for row in self.rows.tolist())
+
+    def drop(self, paths: Collection[str]) -> None:
+        """Leave images out for the rest of the run."""
+        gone = set(paths)
+        for image in np.flatnonzero(self.is_live).tolist():
+            if self.paths[image] in gone:
+                self.is_live[image] = False
+
+
+def _int64(values: array) -> np.ndarray:
+    return np.array(values, dtype=np.int64)

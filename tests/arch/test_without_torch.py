@@ -1,0 +1,25 @@
+"""What looks at a data set without training on it needs no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.arch import tree
+
+TORCH_FREE = [
+    "library.data.assemble",
+    "library.data.captions",
+    "library.data.records",
+    "library.data.report",
+    "library.data.table",
+    "library.data.transforms",
+    "library.diffusion.crops",
+]
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_the_description_of_a_data_set_is_made_without_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tree.ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
