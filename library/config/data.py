@@ -39,6 +39,28 @@ class DataOptions(Group):
         64, "bucket sides are multiples of this; itself a multiple of 32", ge=1, acts=IMAGES
     )
     bucket_no_upscale: bool = option(False, "make buckets from the image sizes and never enlarge an image", acts=IMAGES)
+    bucket_selection: str = option(
+        "sdscripts",
+        "how a bucket is chosen: by sd-scripts' rule (nearest aspect ratio), or by `area` (the size that uses the most "
+        "of the training area and crops the least)",
+        choices=["sdscripts", "area"],
+        acts=IMAGES,
+    )
+    bucket_max_crop: float | None = option(
+        None,
+        "largest share of an image's pixels that may be cropped, such as 0.1; an image that loses more is moved to a "
+        "bucket where it does not, or reported when there is none",
+        gt=0,
+        lt=1,
+        acts=IMAGES,
+    )
+    bucket_max_upscale: float | None = option(
+        None,
+        "largest factor by which the sides of an image may be enlarged, such as 1.5; an image that needs more is moved "
+        "to a smaller bucket, or reported when there is none",
+        ge=1,
+        acts=IMAGES,
+    )
     caption_extension: str = option(
         ".caption", "extension of caption files (the dot may be left out)", aliases=["caption_extention"]
     )

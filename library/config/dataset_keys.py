@@ -26,6 +26,9 @@ DATASET_KEYS: dict[str, str] = {
     "max_bucket_reso": "max_bucket_reso",
     "bucket_reso_steps": "bucket_reso_steps",
     "bucket_no_upscale": "bucket_no_upscale",
+    "bucket_selection": "bucket_selection",
+    "bucket_max_crop": "bucket_max_crop",
+    "bucket_max_upscale": "bucket_max_upscale",
 }
 SUBSET_KEYS: dict[str, str] = {
     "num_repeats": "dataset_repeats",

@@ -45,8 +45,19 @@ def _kinds(spec: DatasetSpec, where: str) -> list[Problem]:
 
 def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:
     if not spec.enable_bucket:
-        return []
+        return [
+            Problem(f"{name} cannot act without enable_bucket", where, f"set enable_bucket, or leave out {name}")
+            for name, off in (
+                ("bucket_selection", "sdscripts"),
+                ("bucket_max_crop", None),
+                ("bucket_max_upscale", None),
+            )
+            if getattr(spec, name) != off
+        ]
     problems = []
+    if spec.bucket_no_upscale and spec.bucket_max_upscale is not None:
+        what = "bucket_max_upscale cannot act with bucket_no_upscale, which never enlarges an image"
+        problems.append(Problem(what, where, "leave out one of them"))
     if spec.bucket_reso_steps % BUCKET_STEP_UNIT:
         what = f"bucket_reso_steps {spec.bucket_reso_steps} is not a multiple of {BUCKET_STEP_UNIT}"
         problems.append(Problem(what, where, "SDXL needs picture sides that are multiples of 32; 64 is usual"))

@@ -65,3 +65,6 @@ class DatasetSpec:
     bucket_reso_steps: int
     bucket_no_upscale: bool
     subsets: tuple[SubsetSpec, ...]
+    bucket_selection: str = "sdscripts"
+    bucket_max_crop: float | None = None
+    bucket_max_upscale: float | None = None

@@ -29,6 +29,9 @@ def policy_of(spec: DatasetSpec) -> BucketPolicy:
         maximum=spec.max_bucket_reso,
         step=spec.bucket_reso_steps,
         no_upscale=spec.bucket_no_upscale,
+        selection=spec.bucket_selection,
+        max_crop=spec.bucket_max_crop,
+        max_upscale=spec.bucket_max_upscale,
     )
 
 

@@ -22,6 +22,9 @@ VALUES = {
     "max_bucket_reso": st.sampled_from([1024, 2048]),
     "bucket_reso_steps": st.sampled_from([32, 64]),
     "bucket_no_upscale": st.booleans(),
+    "bucket_selection": st.sampled_from(["sdscripts", "area"]),
+    "bucket_max_crop": st.sampled_from([0.1, 0.25]),
+    "bucket_max_upscale": st.sampled_from([1, 1.5]),
     "num_repeats": st.integers(1, 9),
     "caption_extension": st.sampled_from([".txt", ".tags"]),
     "caption_separator": st.sampled_from([",", ";"]),
@@ -86,6 +89,8 @@ def test_value_falls_through_subset_dataset_general_option(data, folder):
     )
     option = {**DATASET_KEYS, **SUBSET_KEYS}[key]
     changes = {option: given_at["option"]} if "option" in given_at else {}
+    if key.startswith("bucket_"):
+        changes["enable_bucket"] = True
     # the trainer, because the cache tools refuse what their caches cannot hold
     trainer = {"network_module": "networks.lora", "output_dir": "out"}
     specs, cfg = _specs(text, folder, run="sdxl_train_network", **trainer, **changes)
@@ -238,6 +243,10 @@ def test_bucket_limits_become_multiples_of_the_steps(folder):
         ({"bucket_reso_steps": 48}, "bucket_reso_steps 48 is not a multiple of 32"),
         ({"resolution": "1024,128"}, "has a side below min_bucket_reso 256"),
         ({"resolution": "1280,1024"}, "has a side above max_bucket_reso 1024"),
+        ({"enable_bucket": False, "bucket_selection": "area"}, "bucket_selection cannot act without enable_bucket"),
+        ({"enable_bucket": False, "bucket_max_crop": 0.1}, "bucket_max_crop cannot act without enable_bucket"),
+        ({"enable_bucket": False, "bucket_max_upscale": 2}, "bucket_max_upscale cannot act without enable_bucket"),
+        ({"bucket_no_upscale": True, "bucket_max_upscale": 2}, "bucket_max_upscale cannot act with bucket_no_upscale"),
         ({"cache_latents": True, "random_crop": True}, "random_crop cannot act in"),
         ({"cache_text_encoder_outputs": True, "shuffle_caption": True}, "shuffle_caption cannot act in"),
         ({"cache_text_encoder_outputs": True, "caption_tag_dropout_rate": 0.1}, "caption_tag_dropout_rate cannot act"),
@@ -246,9 +255,25 @@ def test_bucket_limits_become_multiples_of_the_steps(folder):
     ],
 )
 def test_rules_of_a_dataset(problems_of, changes, what):
-    (problem,) = problems_of(enable_bucket=True, network_train_unet_only=True, **changes)
+    (problem,) = problems_of(**{"enable_bucket": True, "network_train_unet_only": True, **changes})
     assert what in problem.what
     assert problem.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"bucket_max_crop": 0}, "bucket_max_crop = 0 must be greater than 0"),
+        ({"bucket_max_crop": 1}, "bucket_max_crop = 1 must be less than 1"),
+        ({"bucket_max_upscale": 0.5}, "bucket_max_upscale = 0.5 must be at least 1"),
+        ({"bucket_selection": "nearest"}, 'bucket_selection = "nearest" is not one of: sdscripts, area'),
+    ],
+)
+def test_bucket_limits_have_ranges_as_options_and_as_keys(problems_of, folder, changes, what):
+    assert [problem.what for problem in problems_of(enable_bucket=True, **changes)] == [what]
+    (key, value), *_ = changes.items()
+    text = f"[[datasets]]\nenable_bucket=true\n{key} = {toml_value(value)}\n[[datasets.subsets]]\nimage_dir='a'\n"
+    assert _problems(text, folder)[0][:2] == (what, "./data.toml line 3")
 
 
 def test_resolution_may_reach_the_bucket_limits(problems_of):
