@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from library.config.dataset_file import DatasetSpec, SubsetSpec
+from library.data.assemble import policy_of
+from library.data.fit_report import FitSummary, summarise_fits
 from library.data.records import ScanReport, Skipped
 from library.data.table import ImageTable
 from library.data.token_counts import TokenSummary
@@ -49,7 +51,7 @@ class DataSummary:
     `repeats` is the number of samples per epoch, regularisation included; `buckets` counts repeats too,
     `mean_ar_error` is over distinct images. `num_train_images` and `num_reg_images` are those of the metadata: samples
     of training images, and regularisation images times the repeats that their folder asks for.
-    `tokens` is there when captions were counted.
+    `tokens` is there when captions were counted. `fits` has one item per data set.
     """
 
     images: int
@@ -63,6 +65,7 @@ class DataSummary:
     num_reg_images: int
     unused_reg: int
     tokens: TokenSummary | None = None
+    fits: tuple[FitSummary, ...] = ()
 
     def text(self) -> str:
         """Lines for the log: subsets, buckets, images left out, images without a caption."""
@@ -75,6 +78,9 @@ class DataSummary:
             for i, (size, count) in enumerate(self.buckets.items())
         ]
         lines.append(f"mean ar error (without repeats): {self.mean_ar_error:.6f}")
+        for number, fit in enumerate(self.fits, 1):
+            prefix = f"data set {number}: " if len(self.fits) > 1 else ""
+            lines += [line if line.startswith(" ") else f"{prefix}{line}" for line in fit.lines()]
         if self.tokens:
             lines.append(self.tokens.text())
         if self.missing_captions:
@@ -126,6 +132,10 @@ def summarise(
         num_reg_images=_num_reg_images(table, np.flatnonzero(table.is_live)),
         unused_reg=int((table.is_live & table.is_reg & (table.repeats == 0)).sum()),
         tokens=tokens,
+        fits=tuple(
+            summarise_fits(table, rows[table.dataset_of[rows] == index], policy_of(spec))
+            for index, spec in enumerate(specs)
+        ),
     )
 
 

@@ -74,3 +74,28 @@ def test_folders_of_one_name_are_told_apart_and_their_tags_counted_once(tmp_path
     metadata = data.ss_metadata()
     assert list(json.loads(metadata["ss_dataset_dirs"])) == ["cat", "cat (2)", "cat (3)"]
     assert json.loads(metadata["ss_tag_frequency"]) == {"cat": {"a": 1, "b0": 1, "c": 1}}
+
+
+def test_enlarged_and_cropped_images_are_counted_for_each_data_set(tmp_path):
+    small = write_folder(tmp_path / "small", sizes=[(32, 32), (32, 32), (64, 64), (200, 32)])
+    fitting = write_folder(tmp_path / "fitting", sizes=[(64, 64)])
+    lines = build_train_data([dataset(subset(small)), dataset(subset(fitting))], seed=1).summary().text().splitlines()
+    found = [line for line in lines if line.startswith("data set")]
+    enlarged = "of 4 images 2 are enlarged (at most 2.00 times)"
+    assert found == [f"data set 1: {enlarged} and 1 lose more than 20% of their pixels to the crop"]
+
+
+def test_images_moved_by_a_limit_or_over_it_are_told_with_their_figures(tmp_path):
+    folder = write_folder(tmp_path / "a", sizes=[(48, 48), (60, 60), *[(16, 16 + extra) for extra in range(6)]])
+    data = build_train_data([dataset(subset(folder), bucket_max_upscale=1.1)], seed=1)
+    text = data.summary().text()
+    assert data.summary().buckets[Size(32, 32)] == 1
+    assert "\n1 images have another bucket or resize than without bucket_max_upscale 1.1\n" in text
+    assert "\n6 images stay over bucket_max_upscale 1.1: no bucket keeps it\n" in text
+    assert f"\n  {folder / 'p2.png'}: 16x16 in bucket 64x64, 0.0% cropped, enlarged 4.00 times\n" in text
+    assert "p6.png: " in text and "\n  ... and 1 more" in text
+
+
+def test_nothing_is_said_about_images_that_fit(tmp_path):
+    text = build(tmp_path).summary().text()
+    assert "enlarged" not in text and "another bucket" not in text and "stay over" not in text
