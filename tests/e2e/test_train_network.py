@@ -95,6 +95,18 @@ def test_unet_only_with_cached_text_and_caption_dropout_samples_and_resumed_weig
 
 
 @pytest.mark.e2e
+def test_partial_batches_count_by_their_samples(train):
+    """One step over the whole epoch: the mean is over its 14 samples, however they are cut into micro-batches."""
+    flags = ["--max_train_steps=1", "--gradient_accumulation_steps=99"]
+    singles = train("singles", *flags, "--train_batch_size=1")
+    # buckets of 6, 4 and 4 samples: micro-batches of 3, 3, 3, 1, 3 and 1
+    threes = train("threes", *flags, "--train_batch_size=3")
+    (expected,), (got,) = log_of(singles), log_of(threes)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-3)
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize("optimizer", ["AdamW8bit", "Adafactor", "torch.optim.NAdam"])
 def test_other_optimizers_train(train, optimizer):
     output = train("out", "--max_train_steps=2", f"--optimizer_type={optimizer}", "--mixed_precision=bf16")
