@@ -26,7 +26,7 @@ def atomic_path(final: str | os.PathLike[str], *, durable: bool = True) -> Itera
     and rebuilt. Raises UserError when the disk is full or the folder is not writable.
     """
     target = Path(os.path.realpath(final))
-    with _explained(Path(final)):
+    with explained(Path(final)):
         target.parent.mkdir(parents=True, exist_ok=True)
         # The name ends in .tmp so that no scan by extension ever picks up half a file.
         temporary = target.with_name(f".{target.name[-100:]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -49,7 +49,7 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
     An older `final` is moved aside first and removed last, so that at every moment one of the two is complete.
     """
     target = Path(os.path.realpath(final))
-    with _explained(Path(final)):
+    with explained(Path(final)):
         target.parent.mkdir(parents=True, exist_ok=True)
         token = f"{os.getpid()}-{secrets.token_hex(4)}"
         temporary = target.with_name(f".{target.name[-100:]}.{token}.tmp")
@@ -84,8 +84,8 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into sentences for the user."""
+def explained(path: Path, *, left_behind: str = "no half-written file was left behind") -> Iterator[None]:
+    """Turn the operating system's refusals to write into sentences for the user; `left_behind` says what is there."""
     try:
         yield
     except OSError as error:
@@ -93,7 +93,7 @@ def _explained(path: Path) -> Iterator[None]:
             raise UserError(
                 "no space left on the disk while writing",
                 where=str(path),
-                fix="free some space or choose another folder; no half-written file was left behind",
+                fix=f"free some space or choose another folder; {left_behind}",
             ) from error
         if error.errno in _FORBIDDEN:
             raise UserError(
