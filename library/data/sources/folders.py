@@ -2,108 +2,99 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from library.config.dataset_file import SubsetSpec
-from library.data.progress import progress_bar
-from library.data.records import READ_ERRORS, ImageRecord, ScanReport, Skipped
+from library.data.dataset_index import DatasetIndex
+from library.data.file_facts import caption_texts, image_sizes
+from library.data.folder_listing import Listing, list_folder, prefix_of
+from library.data.records import FileStamp, ImageRecord, ScanReport, Skipped
 from library.errors import UserError
-from library.io.images import IMAGE_EXTENSIONS, read_size
+from library.io.images import IMAGE_EXTENSIONS
 from library.sizes import Size
-
-SIZE_READERS = min(16, 4 * (os.cpu_count() or 1))
-"""Threads that read image headers; the work is waiting for the disk."""
 
 STEM_PIECES_WITH_FACE = 5
 """A stem of at least this many "_"-pieces may end in four numbers of a face box, which the caption file leaves out."""
 
 
-def scan(subset: SubsetSpec, *, report: ScanReport) -> Iterator[ImageRecord]:
+def scan(
+    subset: SubsetSpec, *, report: ScanReport, cache_dir: Path | None = None, use_index: bool = True
+) -> Iterator[ImageRecord]:
     """The readable images of `subset.image_dir`, sorted by name, sub-folders not entered.
 
-    An image whose header cannot be read or whose caption is not UTF-8 is left out and listed in `report`; one
-    without a caption file trains with the class tokens, or else with an empty caption and is listed too. Raises
-    UserError when the folder is missing or holds no image.
+    Image sizes and captions come from the folder's index (in the folder, or below `cache_dir`) as far as it knows
+    the files as they are now; the index is brought up to date. An image whose header cannot be read or whose caption
+    is not UTF-8 is left out and listed in `report`, as is a link that leads nowhere; one without a caption file
+    trains with the class tokens, or else with an empty caption and is listed too. Raises UserError when the folder
+    is missing or holds no image.
     """
     folder = Path(subset.image_dir)
-    paths = list_images(folder)
-    for path, size in zip(paths, read_sizes(paths, title=folder.name), strict=True):
-        if isinstance(size, Skipped):
-            report.skipped.append(size)
+    listing, images = _list_images(folder)
+    index = DatasetIndex(folder, cache_dir=cache_dir, enabled=use_index)
+    sizes = image_sizes(folder, images, index=index, listed=listing.files)
+    files = caption_files(images, listing.files, extension=subset.caption_extension)
+    captions = caption_texts(folder, list(dict.fromkeys(filter(None, files))), index=index, listed=listing.files)
+    index.save()
+    lines_of: dict[str | None, str] = dict(zip(captions.table.names, captions.table.texts, strict=True))
+    problem_of = _problems(images, files, of_images=sizes.problems, of_captions=captions.problems)
+    path_of, key_of = prefix_of(folder), f"{folder.name}/"
+    report.skipped += [Skipped(path_of + name, "the link leads to no file") for name in listing.broken_images]
+    found = sizes.table
+    facts = zip(map(Size, *found.sizes.T.tolist()), map(FileStamp, *found.stamps.T.tolist()), strict=True)
+    for name, file, (size, stamp) in zip(images, files, facts, strict=True):
+        path = path_of + name
+        if name in problem_of:
+            report.skipped.append(Skipped(path, problem_of[name]))
             continue
-        try:
-            caption = read_caption(path, subset.caption_extension, all_lines=subset.enable_wildcard)
-        except (UnicodeDecodeError, OSError) as error:
-            report.skipped.append(Skipped(str(path), _caption_problem(error)))
-            continue
-        if caption is None:
+        if file is None:
             caption = subset.class_tokens
-        if caption is None:
-            report.missing_captions.append(str(path))
-        key = f"{folder.name}/{path.name}"
-        yield ImageRecord(key, str(path), size, caption or "", subset, subset.num_repeats, subset.loss_weight)
+            if caption is None:
+                report.missing_captions.append(path)
+        else:
+            caption = lines_of[file] if subset.enable_wildcard else lines_of[file].partition("\n")[0]
+        repeats, weight = subset.num_repeats, subset.loss_weight
+        yield ImageRecord(key_of + name, path, size, caption or "", subset, repeats, weight, stamp=stamp)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files of `folder` by extension (any case), sorted; hidden files are not images."""
+def caption_files(images: Sequence[str], files: Collection[str], *, extension: str) -> list[str | None]:
+    """The caption file of each image, by name; None where there is none among `files`.
+
+    That is `<stem><extension>`, else, for a stem that ends in four face-box numbers, the stem without them.
+    """
+    there = {name for name in files if name.endswith(extension)}
+    found = [image[: image.rindex(".")] + extension for image in images]
+    return [name if name in there else _without_face(name, there, extension) for name in found]
+
+
+def _without_face(name: str, there: Collection[str], extension: str) -> str | None:
+    pieces = name.removesuffix(extension).split("_")
+    shorter = "_".join(pieces[:-4]) + extension
+    return shorter if len(pieces) >= STEM_PIECES_WITH_FACE and shorter in there else None
+
+
+def _problems(
+    images: Sequence[str], files: Sequence[str | None], *, of_images: Mapping[str, str], of_captions: Mapping[str, str]
+) -> dict[str, str]:
+    """Why an image is left out, by its name: it cannot be read, or else its caption file cannot."""
+    if not of_captions:
+        return dict(of_images)
+    by_caption = {
+        image: of_captions[file] for image, file in zip(images, files, strict=True) if file and file in of_captions
+    }
+    return by_caption | dict(of_images)
+
+
+def _list_images(folder: Path) -> tuple[Listing, list[str]]:
     if not folder.is_dir():
         raise UserError("the image folder does not exist", where=str(folder), fix="check image_dir / train_data_dir")
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-    paths = [folder / name for name in sorted(names) if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
-    if not paths:
+    listing = list_folder(folder)
+    images = listing.images
+    if not images:
         known = " ".join(sorted(IMAGE_EXTENSIONS))
         raise UserError(
             "the image folder holds no image",
             where=str(folder),
             fix=f"put images there (known extensions: {known}); sub-folders are not searched",
         )
-    return paths
-
-
-def read_caption(image: Path, extension: str, *, all_lines: bool = False) -> str | None:
-    """The first line of the image's caption file, or all that are not empty, stripped; None without a file.
-
-    Looks for `<stem><extension>`, then, for a stem that ends in four face-box numbers, for the stem without them.
-    Raises UnicodeDecodeError when the file is not UTF-8 (a byte-order mark is allowed).
-    """
-    stems = [image.stem]
-    pieces = image.stem.split("_")
-    if len(pieces) >= STEM_PIECES_WITH_FACE:
-        stems.append("_".join(pieces[:-4]))
-    for stem in stems:
-        path = image.with_name(stem + extension)
-        if path.is_file():
-            text = path.read_text(encoding="utf-8-sig").strip()
-            lines = [line.strip() for line in text.splitlines()]
-            return "\n".join([line for line in lines if line] if all_lines else lines[:1])
-    return None
-
-
-def read_sizes(paths: Sequence[Path], *, title: str) -> list[Size | Skipped]:
-    """Sizes from the files' headers; Skipped for an image that cannot be opened."""
-    with (
-        ThreadPoolExecutor(SIZE_READERS) as pool,
-        progress_bar(len(paths), title=f"reading sizes of {title}", delay=2.0) as bar,
-    ):
-        sizes = []
-        for size in pool.map(_size_or_reason, paths):
-            sizes.append(size)
-            bar.update()
-    return sizes
-
-
-def _size_or_reason(path: Path) -> Size | Skipped:
-    try:
-        return read_size(path)
-    except READ_ERRORS as error:
-        return Skipped.because_of(str(path), error)
-
-
-def _caption_problem(error: UnicodeDecodeError | OSError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"the caption file is not UTF-8 (byte {error.start}: {error.reason})"
-    return f"the caption file cannot be read ({error.strerror})"
+    return listing, images
