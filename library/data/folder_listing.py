@@ -61,9 +61,10 @@ def list_folder(folder: str | os.PathLike[str]) -> Listing:
     return Listing(files, broken)
 
 
-def images_among(names: Collection[str]) -> list[str]:
-    """Names with an image extension in any case, sorted; hidden files are not images."""
-    return sorted(name for name in names if name.lower().endswith(_IMAGE_ENDINGS) and name[0] != ".")
+def images_among(names: Collection[str], *, hidden: bool = False) -> list[str]:
+    """Names with an image extension in any case, sorted; without hidden files unless they are asked for."""
+    images = [name for name in names if name.lower().endswith(_IMAGE_ENDINGS)]
+    return sorted(name for name in images if (name[0] != "." or hidden and name.rindex(".") > 0))
 
 
 def prefix_of(folder: Path) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.config.toml_file import read_text
+from library.data.bulk import no_garbage_collection
 from library.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One image of a metadata file. `image_size` is (width, height) in pixels."""
 
     key: str
@@ -23,33 +23,75 @@ class Entry:
     image_size: tuple[int, int] | None
 
 
-def read_metadata(path: Path) -> list[Entry]:
-    """The entries of a .json or .jsonl file in its order. Raises UserError with file and line for what is wrong.
+class Metadata(NamedTuple):
+    """The entries of a metadata file in its order, and for keys of images what is said twice there."""
+
+    entries: list[Entry]
+    repeated: list[tuple[str, str]]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read a .json or .jsonl file. Raises UserError with file and line for what is wrong.
 
     JSON holds `{image_key: {"caption", "tags", "image_size", "train_resolution", ...}}`, JSONL one object per line
     with the key as `image_path`. All fields are optional; `train_resolution` is accepted and not needed, because the
-    bucket follows from the image size; unknown fields are left alone.
+    bucket follows from the image size; unknown fields are left alone. Of a name that stands twice in one object the
+    last value counts.
     """
     if not path.is_file():
         raise UserError("the metadata file does not exist", where=str(path), fix="check metadata_file / in_json")
     text = read_text(path, what="the metadata file")
     parse = _parse_lines if path.suffix.lower() == ".jsonl" else _parse_object
-    entries = [_entry(key, values, path) for key, values in parse(path, text)]
+    once = _Once()
+    with no_garbage_collection():
+        items = list(parse(path, text, once))
+        entries = [_entry(key, values, path) for key, values in items]
     if not entries:
         raise UserError(
             "the metadata file names no image",
             where=f"{path} line 1",
             fix="write it with tools/merge_captions_to_metadata.py",
         )
-    return entries
+    return Metadata(entries, list(once.reasons(items)))
 
 
-def load_object(path: Path, text: str) -> dict[str, Any]:
-    """The JSON object that a file's text holds; {} for an empty file. Raises UserError with file and line."""
-    if not text.strip():
+class _Once:
+    """Makes JSON objects like dict, and remembers those in which a name stands more than once.
+
+    `names_images` is the object, if there is one, whose names are image keys.
+    """
+
+    def __init__(self) -> None:
+        self.names_images: dict[str, Any] | None = None
+        self._found: list[tuple[dict[str, Any], list[str]]] = []
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            self._found.append((made, [name for name, count in counts.items() if count > 1]))
+        return made
+
+    def reasons(self, items: list[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+        """(key, sentence) of each entry that stands twice in the file, or in which a field does."""
+        key_of = {id(values): key for key, values in items} if self._found else {}
+        for made, names in self._found:
+            if made is self.names_images:
+                yield from ((key, "the metadata names it more than once; the last entry counts") for key in names)
+            elif id(made) in key_of:
+                fields = ", ".join(names)
+                yield key_of[id(made)], f"its metadata has {fields} more than once; the last one counts"
+
+
+def load_object(path: Path, text: str, *, make: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """The JSON object that a file's text holds; {} for an empty file. Raises UserError with file and line.
+
+    `make` turns the (name, value) pairs of each object into that object; dict by default.
+    """
+    if not text or text.isspace():
         return {}
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=make)
     except json.JSONDecodeError as error:
         raise UserError(f"this is not JSON: {error.msg}", where=f"{path} line {error.lineno}") from error
     if not isinstance(data, dict):
@@ -69,17 +111,19 @@ def locate(path: Path, key: str) -> str:
     return f"{path} line {line}"
 
 
-def _parse_object(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    yield from load_object(path, text).items()
+def _parse_object(path: Path, text: str, once: _Once) -> Iterator[tuple[str, Any]]:
+    once.names_images = load_object(path, text, make=once)
+    yield from once.names_images.items()
 
 
-def _parse_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _parse_lines(path: Path, text: str, once: _Once) -> Iterator[tuple[str, Any]]:
+    parse = json.JSONDecoder(object_pairs_hook=once).decode
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
-            values = json.loads(line)
+            values = parse(line)
         except json.JSONDecodeError as error:
             raise UserError(f"this is not JSON: {error.msg}", where=where, fix="write one object per line") from error
         key = values.get("image_path") if isinstance(values, dict) else None
@@ -95,21 +139,27 @@ def _entry(key: str, values: Any, path: Path) -> Entry:
         )
     if not key.strip():
         raise UserError("an image has an empty name", where=locate(path, key), fix="name its file")
-    texts = {}
-    for name in ("caption", "tags"):
-        value = values.get(name)
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"the {name} of {key!r} must be a text", where=locate(path, key), fix="put it in quotes")
-        texts[name] = value or ""
-    sizes = {name: _size(key, name, values.get(name), path) for name in ("image_size", "train_resolution")}
-    return Entry(key, texts["caption"], texts["tags"], sizes["image_size"])
+    caption, tags = (_text(key, name, values.get(name), path) for name in ("caption", "tags"))
+    size = _size(key, "image_size", values.get("image_size"), path)
+    _size(key, "train_resolution", values.get("train_resolution"), path)
+    return Entry(key, caption, tags, size)
+
+
+def _text(key: str, name: str, value: Any, path: Path) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    raise UserError(f"the {name} of {key!r} must be a text", where=locate(path, key), fix="put it in quotes")
 
 
 def _size(key: str, name: str, value: Any, path: Path) -> tuple[int, int] | None:
     if value is None:
         return None
-    if isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
-        return value[0], value[1]
+    if isinstance(value, list) and len(value) == 2:
+        width, height = value
+        if type(width) is int and type(height) is int and width > 0 and height > 0:
+            return width, height
     raise UserError(
         f"the {name} of {key!r} must be two whole numbers above 0, width and height",
         where=locate(path, key),
