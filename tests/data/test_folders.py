@@ -1,5 +1,8 @@
 """Image folders: what is found, where captions come from, and what a bad file costs."""
 
+import os
+import zlib
+
 import pytest
 from PIL import Image
 
@@ -128,3 +131,51 @@ def test_with_wildcards_every_line_that_is_not_empty_is_kept(tmp_path):
     write_picture(tmp_path / "a.png", 8, 8, caption="\n first \n\n second\n")
     assert scanned(tmp_path, enable_wildcard=True)[0][0].caption == "first\nsecond"
     assert scanned(tmp_path)[0][0].caption == "first"
+
+
+def test_a_link_is_followed_and_one_that_leads_nowhere_is_reported(tmp_path):
+    write_picture(tmp_path / "elsewhere" / "x.png", 8, 8)
+    folder = tmp_path / "imgs"
+    write_picture(folder / "a.png", 8, 8, caption="x")
+    (folder / "b.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    (folder / "c.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "d.png").mkdir()
+    records, report = scanned(folder, class_tokens="")
+    assert [record.path for record in records] == [str(folder / "a.png"), str(folder / "b.png")]
+    assert report.skipped == [(str(folder / "c.png"), "the link leads to no file")]
+
+
+def test_names_of_every_kind_find_their_captions(tmp_path):
+    names = ["a b.png", "ü.x.PNG", "cat_0100x0200_sdxl.png", "-.png", "日本.jpg", "a.png.png"]
+    for name in names:
+        write_picture(tmp_path / name, 8, 8)
+        (tmp_path / (name.rsplit(".", 1)[0] + ".txt")).write_text(name, encoding="utf-8")
+    records, report = scanned(tmp_path)
+    assert [record.caption for record in records] == sorted(names) and report == ScanReport()
+
+
+def test_a_folder_named_relative_to_the_working_folder_gives_the_same_paths(tmp_path, monkeypatch):
+    write_picture(tmp_path / "imgs" / "a.png", 8, 8, caption="x")
+    monkeypatch.chdir(tmp_path)
+    assert [record.path for record in scanned("imgs")[0]] == [os.path.join("imgs", "a.png")]
+    monkeypatch.chdir(tmp_path / "imgs")
+    assert [record.path for record in scanned(".")[0]] == ["a.png"]
+
+
+def test_truncated_animated_and_enormous_pictures(tmp_path):
+    write_picture(tmp_path / "cut.png", 64, 64, caption="x")
+    data = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    header = bytearray(data)
+    header[16:24] = (60_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(header)
+    records, report = scanned(tmp_path, class_tokens="")
+    assert [(record.key.split("/")[1], record.size) for record in records] == [
+        ("cut.png", (64, 64)),
+        ("moving.webp", (20, 10)),
+    ]
+    assert [path for path, _ in report.skipped] == [str(tmp_path / "huge.png")]
+    assert "megapixels" in report.skipped[0].reason

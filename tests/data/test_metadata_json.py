@@ -1,6 +1,7 @@
 """Metadata files: which image a key names, what its caption is, and what a bad file costs."""
 
 import json
+import os
 
 import pytest
 
@@ -142,3 +143,42 @@ def test_a_folder_is_listed_once(tmp_path, images, monkeypatch):
     monkeypatch.setattr(metadata_json.os, "scandir", lambda path: listed.append(path) or scandir(path))
     scanned(metadata(tmp_path, {"a": {}, "b.c": {}, "deep/d": {}}), images)
     assert listed == [images, images / "deep"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.json", '{"a": {"caption": "1"}, "b.c": {"tags": "t", "caption": "x", "caption": "y"}, "a": {"caption": "2"}}'),
+        (
+            "m.jsonl",
+            '{"image_path": "a", "caption": "2"}\n{"image_path": "b.c", "tags": "t", "caption": "x", "caption": "y"}\n'
+            '{"image_path": "a.png", "caption": "3"}',
+        ),
+    ],
+)
+def test_what_a_metadata_file_says_twice_is_reported(tmp_path, images, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    records, report = scanned(path, images)
+    assert [(record.key, record.caption) for record in records] == [("imgs/a.png", "2"), ("imgs/b.c.jpg", "y,t")]
+    reasons = {place: reason for place, reason in report.skipped}
+    assert "caption more than once; the last one counts" in reasons[str(images / "b.c.jpg")]
+    again = "more than once; the last entry counts" if name == "m.json" else "a second time"
+    assert again in reasons[str(images / "a.png")]
+    assert len(report.skipped) == 2
+
+
+def test_keys_with_dots_and_double_slashes_name_the_same_files(tmp_path, images):
+    keys = ["./a.png", "deep/../b.c", f"{images}//deep/d.webp"]
+    path = metadata(tmp_path, {key: {"caption": "x"} for key in keys})
+    records, report = scanned(path, images)
+    assert [record.key for record in records] == ["imgs/a.png", "imgs/b.c.jpg", "imgs/deep/d.webp"]
+    assert [record.path for record in records] == [str(images / n) for n in ("a.png", "b.c.jpg", "deep/d.webp")]
+    assert report == ScanReport()
+
+
+def test_a_record_tells_the_bytes_and_the_time_of_its_file(tmp_path, images):
+    content = {"a": {"caption": "x", "image_size": [50, 40]}, "b.c": {"caption": "x"}}
+    for record in scanned(metadata(tmp_path, content), images)[0]:
+        stat = os.stat(record.path)
+        assert record.stamp == (stat.st_size, stat.st_mtime_ns)
