@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -118,7 +119,9 @@ class DatasetIndex:
         known = self._tables[kind]
         if not self._enabled or _same(found, known):
             return
-        found = found.taken(lasting & self._settled(found) & np.array([_ENDS not in text for text in found.texts], bool))
+        found = found.taken(
+            lasting & self._settled(found) & np.array([_ENDS not in text for text in found.texts], bool)
+        )
         asked, present = set(found.names), set(listed)
         others = np.array([name not in asked and name in present for name in known.names], bool)
         merged = found.followed_by(known.taken(others)) if others.any() else found
@@ -132,7 +135,7 @@ class DatasetIndex:
             return
         try:
             with atomic_path(self.path, durable=False) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **dict(_arrays(self._tables)))
+                np.savez(file, **_arrays(self._tables))
         except (UserError, OSError) as error:
             log.debug("no dataset index %s: %s", self.path, error)
         self._changed = False
@@ -166,15 +169,13 @@ def _same(one: Table, other: Table) -> bool:
     )
 
 
-def _arrays(tables: dict[str, Table]) -> Iterator[tuple[str, np.ndarray]]:
-    yield "version", np.array(VERSION)
+def _arrays(tables: dict[str, Table]) -> dict[str, Any]:
     # What can be opened depends on the library that opens it.
-    yield "pillow", np.array(PIL.__version__)
+    arrays = {"version": np.array(VERSION), "pillow": np.array(PIL.__version__)}
     for kind, table in tables.items():
-        yield f"{kind}_names", _packed(table.names)
-        yield f"{kind}_stamps", table.stamps
-        yield f"{kind}_sizes", table.sizes
-        yield f"{kind}_texts", _packed(table.texts)
+        arrays |= {f"{kind}_names": _packed(table.names), f"{kind}_texts": _packed(table.texts)}
+        arrays |= {f"{kind}_stamps": table.stamps, f"{kind}_sizes": table.sizes}
+    return arrays
 
 
 def _read(path: Path) -> dict[str, Table]:

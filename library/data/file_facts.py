@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from library.data.cache_names import sizes_by_cache
 from library.data.dataset_index import DatasetIndex, Table
-from library.data.folder_listing import READERS, file_stamps, prefix_of
+from library.data.folder_listing import file_stamps, prefix_of
+from library.data.many_files import in_chunks
 from library.data.progress import progress_bar
 from library.data.records import READ_ERRORS, Skipped
 from library.io.images import read_size
-
-_CHUNK = 32
 
 
 class Found(NamedTuple):
@@ -35,37 +34,50 @@ class _Fact(NamedTuple):
     lasting: bool = True
 
 
+class _Ways(NamedTuple):
+    """How to come by the facts: what the index knows, how to read a file, and what can be said without reading it."""
+
+    known: Table
+    read: Callable[[str], _Fact]
+    infer: Callable[[list[str]], Mapping[str, tuple[int, ...]]]
+
+
 def image_sizes(folder: Path, names: Sequence[str], *, index: DatasetIndex, listed: Sequence[str]) -> Found:
     """The sizes of the images `names` in `folder`, as `read_size` gives them; `listed` are all its files."""
-    found = _look_up("images", folder, names, index=index, listed=listed)
-    table = found.table
+    ways = _Ways(index.images, _image_fact, partial(sizes_by_cache, folder, listed=listed))
+    table = _look_up("images", folder, names, ways=ways, index=index, listed=listed).table
     unreadable = np.flatnonzero(table.sizes[:, 0] == 0).tolist()
     return Found(table, {table.names[row]: table.texts[row] for row in unreadable})
 
 
 def caption_texts(folder: Path, names: Sequence[str], *, index: DatasetIndex, listed: Sequence[str]) -> Found:
     """The lines of the caption files `names` in `folder`: stripped, those that are not empty, joined by line breaks."""
-    return _look_up("captions", folder, names, index=index, listed=listed)
+    ways = _Ways(index.captions, _caption_fact, lambda unknown: {})
+    return _look_up("captions", folder, names, ways=ways, index=index, listed=listed)
 
 
-def _look_up(kind: str, folder: Path, names: Sequence[str], *, index: DatasetIndex, listed: Sequence[str]) -> Found:
-    known = index.images if kind == "images" else index.captions
-    stamps = file_stamps(folder, names)
+def _look_up(
+    kind: str, folder: Path, names: Sequence[str], *, ways: _Ways, index: DatasetIndex, listed: Sequence[str]
+) -> Found:
+    known, stamps = ways.known, file_stamps(folder, names)
     rows = known.rows_of(names, stamps)
-    unknown = np.flatnonzero(rows < 0)
-    if not len(unknown) and names == known.names:
+    lasting = rows >= 0
+    if lasting.all() and names == known.names:
         return Found(known, {})
     sizes = np.zeros((len(names), known.sizes.shape[1]), np.int32)
-    lasting = rows >= 0
     sizes[lasting] = known.sizes[rows[lasting]]
     texts = [known.texts[row] if row >= 0 else "" for row in rows.tolist()]
-    problems = {}
-    table = Table(list(names), stamps, sizes, texts)
-    paths = [prefix_of(folder) + names[row] for row in unknown.tolist()]
-    facts = _in_threads(_image_fact if kind == "images" else _caption_fact, paths, title=f"{kind} of {folder.name}")
+    inferred = ways.infer([names[row] for row in np.flatnonzero(~lasting).tolist()])
+    for row in np.flatnonzero(~lasting).tolist():
+        if names[row] in inferred:
+            sizes[row], lasting[row] = inferred[names[row]], True
+    table, problems = Table(list(names), stamps, sizes, texts), {}
+    unknown = np.flatnonzero(~lasting).tolist()
+    paths = [prefix_of(folder) + names[row] for row in unknown]
+    facts = _facts(ways.read, paths, title=f"{kind} of {folder.name}")
     num_read = 0
     try:
-        for row, fact in zip(unknown.tolist(), facts, strict=True):
+        for row, fact in zip(unknown, facts, strict=True):
             sizes[row], texts[row], lasting[row] = fact.size, fact.text, fact.lasting
             if fact.problem:
                 problems[names[row]] = fact.problem
@@ -77,22 +89,15 @@ def _look_up(kind: str, folder: Path, names: Sequence[str], *, index: DatasetInd
     return Found(table, problems)
 
 
-def _in_threads(read: Callable[[str], _Fact], paths: list[str], *, title: str) -> Iterator[_Fact]:
+def _facts(read: Callable[[str], _Fact], paths: list[str], *, title: str) -> Iterator[_Fact]:
     """What `read` says of each path, in order; a progress bar appears after two seconds."""
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        progress_bar(len(paths), title=f"reading {title}", unit="file", delay=2.0) as bar,
-    ):
-        try:
-            for facts in pool.map(partial(_read_all, read), chunks):
-                yield from facts
-                bar.update(len(facts))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with progress_bar(len(paths), title=f"reading {title}", unit="file", delay=2.0) as bar:
+        for facts in in_chunks(partial(_read_all, read), paths):
+            yield from facts
+            bar.update(len(facts))
 
 
-def _read_all(read: Callable[[str], _Fact], paths: list[str]) -> list[_Fact]:
+def _read_all(read: Callable[[str], _Fact], paths: Sequence[str]) -> list[_Fact]:
     return [read(path) for path in paths]
 
 

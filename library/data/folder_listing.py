@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from library.data.many_files import in_chunks
 from library.io.images import IMAGE_EXTENSIONS
 
 GONE = -1
 """Bytes and time of a file that is not there."""
-
-READERS = min(16, 4 * (os.cpu_count() or 1))
-"""Threads that wait for the disk."""
-
-_CHUNK = 2048
-_FEW = 64
-_SLOW_STAT = 1e-4
-"""Seconds per file above which the time goes into waiting (a network drive), so that threads help. On a local disk it
-takes 2 microseconds, and threads would only get into each other's way."""
 
 _IMAGE_ENDINGS = tuple(IMAGE_EXTENSIONS)
 
@@ -64,7 +54,7 @@ def list_folder(folder: str | os.PathLike[str]) -> Listing:
 def images_among(names: Collection[str], *, hidden: bool = False) -> list[str]:
     """Names with an image extension in any case, sorted; without hidden files unless they are asked for."""
     images = [name for name in names if name.lower().endswith(_IMAGE_ENDINGS)]
-    return sorted(name for name in images if (name[0] != "." or hidden and name.rindex(".") > 0))
+    return sorted(name for name in images if (name[0] != "." or (hidden and name.rindex(".") > 0)))
 
 
 def prefix_of(folder: Path) -> str:
@@ -74,17 +64,8 @@ def prefix_of(folder: Path) -> str:
 
 def file_stamps(folder: str | os.PathLike[str], names: Sequence[str]) -> np.ndarray:
     """Bytes and modification time in ns of the folder's files: int64 (N, 2); GONE for what is not there."""
-    chunks = [names[:_FEW], *(names[start : start + _CHUNK] for start in range(_FEW, len(names), _CHUNK))]
     with _StatIn(folder) as stat:
-        begin = time.perf_counter()
-        stamps = [_stamps(chunks[0], stat)]
-        if time.perf_counter() - begin > _SLOW_STAT * len(chunks[0]):
-            with ThreadPoolExecutor(READERS) as pool:
-                smaller = [names[start : start + _FEW] for start in range(_FEW, len(names), _FEW)]
-                stamps += pool.map(partial(_stamps, stat=stat), smaller)
-        else:
-            stamps += [_stamps(chunk, stat) for chunk in chunks[1:]]
-    return np.concatenate(stamps)
+        return np.concatenate([np.empty((0, 2), np.int64), *in_chunks(partial(_stamps, stat=stat), names)])
 
 
 class _StatIn:

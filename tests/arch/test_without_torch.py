@@ -12,6 +12,8 @@ TORCH_FREE = [
     "library.data.captions",
     "library.data.records",
     "library.data.report",
+    "library.data.sources.folders",
+    "library.data.sources.metadata_json",
     "library.data.table",
     "library.data.transforms",
     "library.diffusion.crops",

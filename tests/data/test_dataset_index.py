@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.data import dataset_index, file_facts, folder_listing
+from library.data import dataset_index, file_facts, many_files
 from library.data.dataset_index import FILE_NAME, index_path
 from library.data.folder_listing import file_stamps
 from library.data.records import ScanReport
 from library.data.sources import folders, metadata_json
 from library.io.images import ImageError
+from library.io.npz_file import write_arrays
 from library.sizes import Size
 from tests.data.specs import subset, write_picture
 
@@ -260,7 +261,7 @@ def test_sources_and_caption_extensions_share_an_index(tmp_path, images, opened)
 
 def test_a_scan_that_is_interrupted_keeps_what_it_has_read(images, monkeypatch):
     (images / FILE_NAME).unlink()
-    monkeypatch.setattr(file_facts, "_CHUNK", 1)
+    monkeypatch.setattr(many_files, "CHUNK", 1)
     real = file_facts.read_size
     read = []
 
@@ -280,6 +281,35 @@ def test_a_scan_that_is_interrupted_keeps_what_it_has_read(images, monkeypatch):
     assert read == ["a.png", "b.png", "c.png"]
 
 
+def put_cache(image, size, *, after=1, fingerprint="{}"):
+    """A latents cache of the image that says `size`, made a second after or before the image last changed."""
+    path = image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}_sdxl.npz")
+    entry = {"latents": np.zeros((4, 4, 4), np.float32), "original_size": np.array(size), "crop_ltrb": np.zeros(4)}
+    write_arrays(path, entry | {"fingerprint": np.array(fingerprint)}, checksum_key="fingerprint_crc")
+    moment = os.stat(image).st_ctime_ns + after * 1_000_000_000
+    os.utime(path, ns=(moment, moment))
+    return path
+
+
+def test_sizes_come_from_the_names_of_newer_caches_of_our_own(tmp_path, opened):
+    for name in ("sure.png", "é_0030x0020_sdxl.jpg", "old.png", "two.png", "shared.png", "shared.jpg", "foreign.png"):
+        put(tmp_path / name)
+    for name in ("sure.png", "é_0030x0020_sdxl.jpg", "shared.png"):
+        put_cache(tmp_path / name, (31, 21))
+    put_cache(tmp_path / "old.png", (31, 21), after=-1)
+    put_cache(tmp_path / "two.png", (31, 21))
+    put_cache(tmp_path / "two.png", (32, 22))
+    np.savez(put_cache(tmp_path / "foreign.png", (31, 21)), latents=np.zeros(3))
+    opened.clear()
+    records, _ = scanned(tmp_path)
+    by_cache = ["sure.png", "é_0030x0020_sdxl.jpg"]
+    assert {record.key.split("/")[1] for record in records if record.size == (31, 21)} == set(by_cache)
+    assert sorted(opened) == ["foreign.png", "old.png", "shared.jpg", "shared.png", "two.png"]
+    opened.clear()
+    assert scanned(tmp_path)[0] == records
+    assert opened == []
+
+
 def test_one_process_of_a_machine_writes(images, monkeypatch):
     (images / FILE_NAME).unlink()
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -287,10 +317,11 @@ def test_one_process_of_a_machine_writes(images, monkeypatch):
     assert not (images / FILE_NAME).exists()
 
 
-@pytest.mark.parametrize("slow_stat", [1.0, 0.0])
-def test_stamps_of_many_files_are_in_order_and_missing_ones_are_marked(tmp_path, monkeypatch, slow_stat):
-    monkeypatch.setattr(folder_listing, "_SLOW_STAT", slow_stat)
-    monkeypatch.setattr(folder_listing, "_CHUNK", 50)
+@pytest.mark.parametrize("waiting", [1e9, 0.0])
+def test_stamps_of_many_files_are_in_order_and_missing_ones_are_marked(tmp_path, monkeypatch, waiting):
+    monkeypatch.setattr(many_files, "_WAITING", waiting)
+    monkeypatch.setattr(many_files, "CHUNK", 20)
+    monkeypatch.setattr(many_files, "BLOCK", 90)
     names = [f"{number:03d}" for number in range(200)]
     for number, name in enumerate(names):
         (tmp_path / name).write_bytes(b"x" * number)

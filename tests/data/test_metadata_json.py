@@ -148,7 +148,10 @@ def test_a_folder_is_listed_once(tmp_path, images, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("m.json", '{"a": {"caption": "1"}, "b.c": {"tags": "t", "caption": "x", "caption": "y"}, "a": {"caption": "2"}}'),
+        (
+            "m.json",
+            '{"a": {"caption": "1"}, "b.c": {"tags": "t", "caption": "x", "caption": "y"}, "a": {"caption": "2"}}',
+        ),
         (
             "m.jsonl",
             '{"image_path": "a", "caption": "2"}\n{"image_path": "b.c", "tags": "t", "caption": "x", "caption": "y"}\n'
@@ -161,7 +164,7 @@ def test_what_a_metadata_file_says_twice_is_reported(tmp_path, images, name, tex
     path.write_text(text, encoding="utf-8")
     records, report = scanned(path, images)
     assert [(record.key, record.caption) for record in records] == [("imgs/a.png", "2"), ("imgs/b.c.jpg", "y,t")]
-    reasons = {place: reason for place, reason in report.skipped}
+    reasons = dict(report.skipped)
     assert "caption more than once; the last one counts" in reasons[str(images / "b.c.jpg")]
     again = "more than once; the last entry counts" if name == "m.json" else "a second time"
     assert again in reasons[str(images / "a.png")]
