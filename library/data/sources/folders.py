@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from library.config.dataset_file import SubsetSpec
-from library.data.dataset_index import DatasetIndex
+from library.data.dataset_index import DatasetIndex, Table
 from library.data.file_facts import caption_texts, image_sizes
 from library.data.folder_listing import Listing, list_folder, prefix_of
 from library.data.records import FileStamp, ImageRecord, ScanReport, Skipped
@@ -36,25 +36,34 @@ def scan(
     files = caption_files(images, listing.files, extension=subset.caption_extension)
     captions = caption_texts(folder, list(dict.fromkeys(filter(None, files))), index=index, listed=listing.files)
     index.save()
-    lines_of: dict[str | None, str] = dict(zip(captions.table.names, captions.table.texts, strict=True))
-    problem_of = _problems(images, files, of_images=sizes.problems, of_captions=captions.problems)
     path_of, key_of = prefix_of(folder), f"{folder.name}/"
     report.skipped += [Skipped(path_of + name, "the link leads to no file") for name in listing.broken_images]
-    found = sizes.table
-    facts = zip(map(Size, *found.sizes.T.tolist()), map(FileStamp, *found.stamps.T.tolist()), strict=True)
-    for name, file, (size, stamp) in zip(images, files, facts, strict=True):
+    problem_of = _problems(images, files, of_images=sizes.problems, of_captions=captions.problems)
+    repeats, weight = subset.num_repeats, subset.loss_weight
+    for name, lines, size, stamp in zip(images, _lines(files, captions.table), *_facts(sizes.table), strict=True):
         path = path_of + name
         if name in problem_of:
             report.skipped.append(Skipped(path, problem_of[name]))
             continue
-        if file is None:
+        if lines is None:
             caption = subset.class_tokens
             if caption is None:
                 report.missing_captions.append(path)
         else:
-            caption = lines_of[file] if subset.enable_wildcard else lines_of[file].partition("\n")[0]
-        repeats, weight = subset.num_repeats, subset.loss_weight
+            caption = lines if subset.enable_wildcard else lines.partition("\n")[0]
         yield ImageRecord(key_of + name, path, size, caption or "", subset, repeats, weight, stamp=stamp)
+
+
+def _lines(files: list[str | None], captions: Table) -> Sequence[str | None]:
+    """What each image's caption file says; None for an image without one."""
+    if files == captions.names:
+        return captions.texts
+    lines_of = dict(zip(captions.names, captions.texts, strict=True))
+    return [None if file is None else lines_of[file] for file in files]
+
+
+def _facts(images: Table) -> tuple[Iterator[Size], Iterator[FileStamp]]:
+    return map(Size, *images.sizes.T.tolist()), map(FileStamp, *images.stamps.T.tolist())
 
 
 def caption_files(images: Sequence[str], files: Collection[str], *, extension: str) -> list[str | None]:
