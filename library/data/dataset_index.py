@@ -199,7 +199,8 @@ def _table(kind: str, arrays: dict[str, np.ndarray], *, columns: int) -> Table:
     names, texts = (_unpacked(arrays[f"{kind}_{what}"]) for what in ("names", "texts"))
     stamps, sizes = arrays[f"{kind}_stamps"], arrays[f"{kind}_sizes"]
     texts = texts or [""] * len(names)  # one empty text looks like none
-    if stamps.shape != (len(names), 2) or sizes.shape != (len(names), columns) or len(texts) != len(names):
+    expected = [(np.dtype(np.int64), (len(names), 2)), (np.dtype(np.int32), (len(names), columns))]
+    if [(column.dtype, column.shape) for column in (stamps, sizes)] != expected or len(texts) != len(names):
         raise ValueError(f"the columns of {kind} do not fit together")
     return Table(names, stamps, sizes, texts)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from library.data.many_files import in_chunks
+from library.errors import UserError
 from library.io.images import IMAGE_EXTENSIONS
 
 GONE = -1
@@ -38,15 +39,20 @@ class Listing:
 
 
 def list_folder(folder: str | os.PathLike[str]) -> Listing:
-    """List a folder without its sub-folders. Raises OSError."""
+    """List a folder without its sub-folders. Raises UserError when the system refuses."""
     files: list[str] = []
     others: list[os.DirEntry[str]] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_file():
-                files.append(entry.name)
-            else:
-                others.append(entry)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    files.append(entry.name)
+                else:
+                    others.append(entry)
+    except OSError as error:
+        raise UserError(
+            f"the image folder cannot be listed ({error.strerror})", where=str(folder), fix="check its permissions"
+        ) from error
     broken = [entry.name for entry in others if entry.is_symlink() and not os.path.exists(entry.path)]
     return Listing(files, broken)
 

@@ -124,7 +124,7 @@ DAMAGES = {
     "no archive": lambda path: np.save(path.open("wb"), np.zeros(3)),
     "another version": lambda path: rewritten(path, version=np.array(99), images_sizes=np.ones((3, 2), np.int32)),
     "columns that do not fit": lambda path: rewritten(path, images_sizes=np.ones((2, 2), np.int32)),
-    "columns of another kind": lambda path: rewritten(path, images_stamps=np.array(["x", "y", "z"])),
+    "columns of another kind": lambda path: rewritten(path, images_stamps=np.full((3, 2), "x")),
 }
 
 

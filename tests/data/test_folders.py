@@ -6,6 +6,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from library.data import folder_listing
 from library.data.assemble import assemble
 from library.data.records import ScanReport
 from library.data.sources.folders import scan
@@ -179,3 +180,13 @@ def test_truncated_animated_and_enormous_pictures(tmp_path):
     ]
     assert [path for path, _ in report.skipped] == [str(tmp_path / "huge.png")]
     assert "megapixels" in report.skipped[0].reason
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder_listing.os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot be listed") as caught:
+        scanned(tmp_path)
+    assert caught.value.problems[0].where == str(tmp_path)
