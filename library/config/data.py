@@ -95,6 +95,18 @@ class DataOptions(Group):
         choices=["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"],
         acts=IMAGES,
     )
+    alpha_mask: bool = option(False, "weight the loss by each image's transparency: its alpha / 255", acts=IMAGES)
+    masked_loss: bool = option(
+        False,
+        "the images in a subset's conditioning_data_dir are masks: weight the loss by red / 255",
+        acts=IMAGES,
+    )
+    masked_loss_normalize: str = option(
+        "none",
+        "none: a small mask has a small loss; area: each sample's loss is divided by the mean of its mask",
+        choices=["none", "area"],
+        acts=TRAINER,
+    )
     dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
     train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
     cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)

@@ -13,11 +13,13 @@ from typing import Any
 
 from library.config.check_files import missing_path
 from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS, Place, read_dataset_tables
-from library.config.dataset_rules import align_buckets, check_dataset
+from library.config.dataset_rules import align_buckets, check_all, check_dataset
 from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
 from library.config.run_config import RunConfig
 from library.errors import Problem, UserError
+
+_READ_OPTIONS = {*DATASET_KEYS.values(), *SUBSET_KEYS.values(), "masked_loss"}
 
 
 def dataset_specs(cfg: RunConfig) -> list[DatasetSpec]:
@@ -33,7 +35,7 @@ def read_datasets(cfg: RunConfig, *, wrong: Collection[str] = ()) -> tuple[list[
 
     `wrong` names options whose values are reported already: rules that need them are left out.
     """
-    reader = _Reader(cfg, are_rules_checked=not set(wrong) & {*DATASET_KEYS.values(), *SUBSET_KEYS.values()})
+    reader = _Reader(cfg, are_rules_checked=not set(wrong) & _READ_OPTIONS)
     try:
         if cfg.data.dataset_config:
             reader.read_file(cfg.data.dataset_config)
@@ -43,6 +45,8 @@ def read_datasets(cfg: RunConfig, *, wrong: Collection[str] = ()) -> tuple[list[
             reader.read_folders()
     except UserError as error:
         reader.problems += error.problems
+    if not reader.problems and reader.are_rules_checked:
+        reader.problems += check_all(cfg, reader.specs)
     return reader.specs, reader.problems, reader.notices
 
 
@@ -125,15 +129,29 @@ class _Reader:
             self.problems += wrong
             if wrong or SUBSET_ONLY_KEYS.keys() & place.wrong:
                 continue
-            own = {key: place.values[key] for key in ("metadata_file", "is_reg") if key in place.values}
+            own: dict[str, Any] = {key: place.values[key] for key in ("metadata_file", "is_reg") if key in place.values}
+            own |= self._companions(place)
             spec = self._subset([place, *outer], place.values.get("image_dir", ""), **own)
             if spec.num_repeats < 1:
                 self.notices.append(f"{spec.place} is ignored: its num_repeats is below 1 ({where})")
-            elif any(Path(other.place) == Path(spec.place) for other in subsets):
+            elif any(_is_again(spec, other) for other in subsets):
                 self.notices.append(f"{spec.place} is named twice in one dataset: the second time is ignored ({where})")
             else:
                 subsets.append(spec)
         return subsets
+
+    def _companions(self, place: Place) -> dict[str, Any]:
+        """What conditioning_data_dir holds: masks with masked_loss, else condition images."""
+        if "conditioning_data_dir" not in place.values:
+            return {}
+        key = "mask_dir" if self.cfg.data.masked_loss else "control_dir"
+        found: dict[str, Any] = {key: place.values["conditioning_data_dir"]}
+        if key == "mask_dir":
+            found["alpha_mask"] = False
+            if place.values.get("alpha_mask"):
+                what = "alpha_mask and conditioning_data_dir name two masks for each image"
+                self.problems.append(Problem(what, place.where("alpha_mask"), "keep one of them"))
+        return found
 
     def _subset(self, places: list[Place], image_dir: str, **fixed: Any) -> SubsetSpec:
         values = {key: self._look_up(places, key, option) for key, option in SUBSET_KEYS.items()}
@@ -169,6 +187,12 @@ class _Reader:
         self.notices += told
         self.problems += check_dataset(self.cfg, spec, where=where)
         self.specs.append(spec)
+
+
+def _is_again(spec: SubsetSpec, other: SubsetSpec) -> bool:
+    """Whether two subsets are one: the same images with the same masks or condition images."""
+    same_companions = (spec.mask_dir, spec.control_dir) == (other.mask_dir, other.control_dir)
+    return same_companions and Path(spec.place) == Path(other.place)
 
 
 def folder_name(name: str) -> tuple[int | None, str]:

@@ -49,18 +49,22 @@ SUBSET_KEYS: dict[str, str] = {
     "flip_aug": "flip_aug",
     "random_crop": "random_crop",
     "resize_interpolation": "resize_interpolation",
+    "alpha_mask": "alpha_mask",
 }
 # keys without an option: the type each has
 OWN_KEYS: dict[str, type] = {"class_tokens": str, "custom_attributes": dict}
-SUBSET_ONLY_KEYS: dict[str, type] = {"image_dir": str, "metadata_file": str, "is_reg": bool}
-PATH_KEYS = frozenset({"image_dir", "metadata_file"})
+SUBSET_ONLY_KEYS: dict[str, type] = {
+    "image_dir": str,
+    "metadata_file": str,
+    "conditioning_data_dir": str,
+    "is_reg": bool,
+}
+PATH_KEYS = frozenset({"image_dir", "metadata_file", "conditioning_data_dir"})
 _KINDS: dict[type, str] = {str: "a text in quotes", dict: "a table", bool: "true or false, without quotes"}
 # keys that sd-scripts knows and that are not there yet, with the value that asks for nothing
 LATER_KEYS: dict[str, Any] = {
-    "conditioning_data_dir": None,
     "color_aug": False,
     "face_crop_aug_range": None,
-    "alpha_mask": False,
     "cache_info": False,
     "validation_split": 0,
     "validation_seed": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from library.config.dataset_spec import DatasetSpec
 from library.config.run_config import RunConfig
@@ -10,6 +11,9 @@ from library.errors import Problem
 
 # The latents of SDXL are halved twice inside the U-Net: 8 * 4 pixels.
 BUCKET_STEP_UNIT = 32
+
+NO_CONTROL_RUNS = frozenset({"sdxl_train_network"})
+"""Runs that have no use for condition images."""
 
 
 def align_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[str]]:
@@ -32,7 +36,39 @@ def align_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[s
 
 def check_dataset(cfg: RunConfig, spec: DatasetSpec, *, where: str) -> list[Problem]:
     """The problems of a dataset as a whole."""
-    return [*_kinds(spec, where), *_buckets(spec, where), *_latent_cache(cfg, spec), *_text_cache(cfg, spec)]
+    problems = [*_kinds(spec, where), *_controls(cfg, spec, where), *_buckets(spec, where)]
+    return [*problems, *_latent_cache(cfg, spec), *_text_cache(cfg, spec)]
+
+
+def check_all(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> list[Problem]:
+    """The problems of all datasets together: options about masks need masks."""
+    has_masks = any(subset.has_masks for spec in specs for subset in spec.subsets)
+    if not specs or has_masks:
+        return []
+    problems = []
+    fix = "set alpha_mask, or masked_loss and in a dataset_config the conditioning_data_dir with the masks"
+    for name, is_on in (("masked_loss", cfg.data.masked_loss), ("masked_loss_normalize", _normalizes(cfg))):
+        if is_on:
+            problems.append(Problem(f"{name} has no mask to act with", f"{name}: {cfg.provenance[name]}", fix))
+    return problems
+
+
+def _normalizes(cfg: RunConfig) -> bool:
+    return cfg.data.masked_loss_normalize != "none"
+
+
+def _controls(cfg: RunConfig, spec: DatasetSpec, where: str) -> list[Problem]:
+    """Condition images: for runs that use them, and then for every image of a batch."""
+    places = [subset.place for subset in spec.subsets if subset.control_dir]
+    if not places:
+        return []
+    if cfg.run in NO_CONTROL_RUNS:
+        what = f"this run uses no condition images, so conditioning_data_dir cannot act in {', '.join(places)}"
+        return [Problem(what, where, "if it holds masks, set masked_loss; else remove it")]
+    if len(places) < len(spec.subsets):
+        fix = "put the subsets with conditioning_data_dir into a [[datasets]] of their own"
+        return [Problem("a dataset has subsets with condition images and subsets without", where, fix)]
+    return []
 
 
 def _kinds(spec: DatasetSpec, where: str) -> list[Problem]:

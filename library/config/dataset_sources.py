@@ -1,6 +1,8 @@
-"""Where a subset's images come from: a folder, or a metadata file; and which keys go with which."""
+"""Where a subset's images and their masks come from: folders, or a metadata file; and which keys go with which."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from library.config.check_files import missing_path
 from library.config.dataset_keys import Place
@@ -28,7 +30,23 @@ def check_source(place: Place) -> list[Problem]:
             for key in FOLDERS_ONLY
             if place.values.get(key)
         ]
-    return found
+    return found + _check_companions(place)
+
+
+def _check_companions(place: Place) -> list[Problem]:
+    """The problems of a subset's folder of masks or condition images."""
+    name = place.values.get("conditioning_data_dir")
+    if name is None:
+        return []
+    where = place.where("conditioning_data_dir")
+    missing = missing_path(name, name="conditioning_data_dir", kind="folder", where=where)
+    if missing:
+        return [missing]
+    image_dir = place.values.get("image_dir")
+    if image_dir and Path(image_dir).is_dir() and Path(name).samefile(image_dir):
+        fix = "name the folder that holds a mask or a condition image for each image"
+        return [Problem("conditioning_data_dir is the folder of the images themselves", where, fix)]
+    return []
 
 
 def check_kinds(places: list[Place]) -> list[Problem]:

@@ -14,7 +14,8 @@ class SubsetSpec:
     """One folder of images, or one metadata file, and how its images and captions are treated.
 
     `image_dir` is "" for a metadata file without one: its keys are then absolute paths. `loss_weight` is
-    `prior_loss_weight` for regularisation images (`is_reg`) and 1 for all others.
+    `prior_loss_weight` for regularisation images (`is_reg`) and 1 for all others. `mask_dir` holds loss masks,
+    `control_dir` condition images, found by the stems of the images; with `alpha_mask` an image's alpha is its mask.
     """
 
     image_dir: str
@@ -40,12 +41,20 @@ class SubsetSpec:
     flip_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None
+    alpha_mask: bool = False
+    mask_dir: str | None = None
+    control_dir: str | None = None
     custom_attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def source(self) -> str:
         """The plugin of library/data/sources that lists the images."""
         return "metadata_json" if self.metadata_file else "folders"
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the loss of its images is weighted by masks."""
+        return self.alpha_mask or self.mask_dir is not None
 
     @property
     def place(self) -> str:

@@ -54,6 +54,10 @@ NO_EFFECT: dict[str, tuple[frozenset[str], str]] = {
 }
 
 
+# Keys of the dataset file that sd-scripts accepts as flags and does not use.
+_DATASET_FILE_ONLY = frozenset({"conditioning_data_dir"})
+
+
 class KnownFlag(NamedTuple):
     """A flag of sd-scripts: the letters of its scripts, its type, its default."""
 
@@ -93,6 +97,9 @@ def foreign_flag(name: str, value: Any, *, run: str, where: str) -> Problem | No
     if name in ("datasets", "subsets"):
         fix = "put the datasets into a file of their own and name it in dataset_config"
         return Problem(f"{name} cannot stand in this file", where, fix)
+    if name in _DATASET_FILE_ONLY:
+        what = f"{name} is supported in the dataset file only, because it belongs to one folder of images"
+        return Problem(what, where, f"set {name} under [[datasets.subsets]] and name the file in dataset_config")
     owners = [other.script for other in RUNS.values() if name in other.options()]
     near = nearest(name, RUNS[run].options())
     suggestion = f"did you mean {near}?" if near else ""

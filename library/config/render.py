@@ -120,6 +120,11 @@ def _dataset_section() -> Iterator[str]:
         "loss is multiplied by `prior_loss_weight`. `class_tokens` is the caption of images that have no caption file; "
         "`custom_attributes` is a table that is handed on with each sample."
     )
+    yield from _paragraph(
+        "`conditioning_data_dir` holds one picture for each image, found by its file name without the extension (of a "
+        "metadata file: in the same sub-folder). With `masked_loss` these are masks, else condition images. They may "
+        "be larger or smaller than the image, but must have its aspect ratio."
+    )
     yield from _paragraph(f"Not supported yet: {', '.join(f'`{key}`' for key in LATER_KEYS)}.")
 
 

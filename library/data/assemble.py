@@ -11,6 +11,7 @@ import numpy as np
 from library.config.dataset_file import DatasetSpec
 from library.data.batching import Pool, Rows
 from library.data.buckets import BucketPolicy, UnplaceableImage
+from library.data.companions import add_companions
 from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.data.table import ImageTable
 from library.errors import UserError
@@ -58,7 +59,7 @@ def _place_all(specs: Sequence[DatasetSpec], report: ScanReport) -> Iterator[Pla
         policy = policy_of(spec)
         for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
             source = load_plugin("library.data.sources", subset.source)
-            for record in source.scan(subset, report=report):
+            for record in add_companions(subset, source.scan(subset, report=report), report=report):
                 try:
                     placement = policy.place(record.size)
                 except UnplaceableImage as reason:

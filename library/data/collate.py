@@ -7,7 +7,7 @@ which worker builds it or on what was built before.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,17 @@ from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
 from library.data.captions import process_caption
-from library.data.pixels import load_sample
+from library.data.pixels import cut_control, cut_mask, load_sample
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
-from library.data.transforms import crop_info, read_record
+from library.data.transforms import crop_info, read_control, read_pictures
 from library.data.types import Batch, SampleKey
 from library.diffusion.conditioning import TextCond
 from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
+from library.diffusion.masks import CELL, mask_cells
 from library.seeds import derive_seed
+from library.sizes import Size
 
 
 class Work(NamedTuple):
@@ -37,7 +39,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One finished row; exactly one of `pixels_3HW` and `latents_4hw` is set."""
+    """One finished row: what it shows (exactly one of `pixels_3HW` and `latents_4hw` is set) and what goes with it."""
 
     key: SampleKey
     caption: str
@@ -45,6 +47,8 @@ class Sample:
     weight: float
     pixels_3HW: Tensor | None = None
     latents_4hw: Tensor | None = None
+    mask_1hw: Tensor | None = None
+    control_3HW: Tensor | None = None
     text: TextCond | None = None
 
 
@@ -95,21 +99,30 @@ class BatchBuilder(Dataset):
             total_steps=self.total_steps,
         )
         flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
-        pixels = latents = None
-        if self.latents is not None:
-            latents = self.latents.get(row.image, flipped=flip)
-            crop = crop_info(record.size, image.placement, flipped=flip)
-        else:
-            crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
-            pixels, crop = load_sample(
-                read_record(record),
-                image.placement,
-                flip=flip,
-                crop_rng=crop_rng,
-                interpolation=subset.resize_interpolation,
-            )
+        crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
+        sample = self._picture(image, row, flip=flip, crop_rng=crop_rng)
         text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
-        return Sample(SampleKey(record.key, row.repeat), caption, crop, record.weight, pixels, latents, text)
+        return replace(sample, caption=caption, text=text)
+
+    def _picture(self, image: PlacedImage, row: Row, *, flip: bool, crop_rng: random.Random | None) -> Sample:
+        """What a sample shows, without its text; from the cache when there is one."""
+        record, filter_name = image.record, image.record.subset.resize_interpolation
+        key = SampleKey(record.key, row.repeat)
+        if self.latents is not None:
+            latents, mask, _ = self.latents.get(row.image, flipped=flip)
+            crop = crop_info(record.size, image.placement, flipped=flip)
+            sample = Sample(key, "", crop, record.weight, latents_4hw=latents, mask_1hw=mask)
+            control_HW3 = read_control(record)
+        else:
+            image_HW3, mask_HW, control_HW3 = read_pictures(record)
+            pixels, crop = load_sample(
+                image_HW3, image.placement, flip=flip, crop_rng=crop_rng, interpolation=filter_name
+            )
+            mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]
+            sample = Sample(key, "", crop, record.weight, pixels_3HW=pixels, mask_1hw=mask)
+        if control_HW3 is None:
+            return sample
+        return replace(sample, control_3HW=cut_control(control_HW3, crop, interpolation=filter_name))
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])
@@ -123,13 +136,17 @@ class BatchBuilder(Dataset):
         image = self.table[row.image]
         bucket = image.placement.bucket
         crop = crop_info(image.record.size, image.placement, flipped=False)
-        pixels = latents = None
-        if self.latents is not None:
-            latents = torch.zeros(4, bucket.h // 8, bucket.w // 8)
-        else:
-            pixels = torch.zeros(3, bucket.h, bucket.w)
-        text = None if self.text is None else self.text.empty
-        return Sample(SampleKey(image.record.key, row.repeat), "", crop, 0.0, pixels, latents, text)
+        blank_3HW = torch.zeros(3, bucket.h, bucket.w)
+        return Sample(
+            SampleKey(image.record.key, row.repeat),
+            "",
+            crop,
+            0.0,
+            pixels_3HW=blank_3HW if self.latents is None else None,
+            latents_4hw=None if self.latents is None else torch.zeros(4, bucket.h // CELL, bucket.w // CELL),
+            control_3HW=None if image.record.control is None else blank_3HW,
+            text=None if self.text is None else self.text.empty,
+        )
 
     def _collate(self, samples: list[Sample], *, work: Work, num_real: int, failures: tuple[Skipped, ...]) -> Batch:
         ids = legacy_size_ids if self.legacy_crop else size_ids
@@ -143,6 +160,8 @@ class BatchBuilder(Dataset):
             bucket=work.rows.bucket,
             pixels_B3HW=_stack([sample.pixels_3HW for sample in samples]),
             latents_B4hw=_stack([sample.latents_4hw for sample in samples]),
+            mask_B1hw=_masks(samples, work.rows.bucket),
+            control_B3HW=_stack([sample.control_3HW for sample in samples]),
             text=TextCond.cat(texts) if (texts := [s.text for s in samples if s.text is not None]) else None,
             failures=failures,
         )
@@ -150,3 +169,11 @@ class BatchBuilder(Dataset):
 
 def _stack(rows: list[Tensor | None]) -> Tensor | None:
     return None if rows[0] is None else torch.stack(rows)
+
+
+def _masks(samples: list[Sample], bucket: Size) -> Tensor | None:
+    """Masks of all rows when any row has one; a row without one counts everywhere."""
+    if all(sample.mask_1hw is None for sample in samples):
+        return None
+    ones_1hw = torch.ones(1, bucket.h // CELL, bucket.w // CELL)
+    return torch.stack([ones_1hw if sample.mask_1hw is None else sample.mask_1hw for sample in samples])

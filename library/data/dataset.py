@@ -194,6 +194,7 @@ class TrainData:
         """Batches in the order of `works`; workers are used only when there are files to read."""
         from_memory = self._latents is not None and self._latents.in_memory
         from_memory = from_memory and (self._text is None or self._text.in_memory)
+        from_memory = from_memory and not any(subset.control_dir for subset in self.table.subsets)
         if self._num_workers == 0 or from_memory:
             builder = self._builder()
             return (builder[work] for work in works)

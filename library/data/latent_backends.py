@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,14 +12,11 @@ import numpy as np
 from library.data.cache_index import CacheIndex
 from library.data.caching import Targets, entry_paths, inspect_all
 from library.data.records import PlacedImage
-from library.data.stores import Entries
+from library.data.stores import Entries, small_mask
 from library.data.table import ImageTable
 from library.data.transforms import crop_info
 from library.io import fingerprint, latent_cache
-from library.io.latent_cache import CacheCheck, LatentEntry
-
-CELL = 8
-"""Pixels per latent cell along one side."""
+from library.io.latent_cache import CELL, CacheCheck, LatentEntry, MaskSource
 
 
 class LatentBackend(Protocol):
@@ -41,7 +39,7 @@ class LatentBackend(Protocol):
 
 
 class MemoryLatents:
-    """Keeps entries as they are."""
+    """Keeps entries as they are, with masks made small."""
 
     in_memory = True
 
@@ -59,7 +57,7 @@ class MemoryLatents:
 
     def put(self, number: int, entry: LatentEntry) -> None:
         """Keep an entry."""
-        self._entries[number] = entry
+        self._entries[number] = replace(entry, mask_HW=small_mask(entry))
 
     def share(self) -> Mapping[int, LatentEntry]:
         """The entries themselves."""
@@ -85,14 +83,15 @@ class NpzEntries:
 
     in_memory = False
 
-    def __init__(self, paths: Sequence[Path], numbers: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[Path], numbers: Sequence[int], *, has_mask: np.ndarray) -> None:
         self._paths = list(paths)
+        self._has_mask = has_mask
         self._is_there = np.zeros(len(paths), dtype=bool)
         self._is_there[list(numbers)] = True
 
     def read(self, number: int) -> LatentEntry:
         """One entry."""
-        return latent_cache.read(self._paths[number])
+        return latent_cache.read(self._paths[number], with_mask=bool(self._has_mask[number]))
 
     def has(self, numbers: np.ndarray) -> np.ndarray:
         """Which of them are known to be right."""
@@ -103,9 +102,16 @@ class NpzLatents:
     """Keeps every entry in a file of sd-scripts' format. `vae_id` names the weights; `skip_check` trusts old files."""
 
     def __init__(
-        self, table: ImageTable, targets: Targets, *, needs_flip: np.ndarray, vae_id: str, skip_check: bool
+        self,
+        table: ImageTable,
+        targets: Targets,
+        *,
+        needs_flip: np.ndarray,
+        has_mask: np.ndarray,
+        vae_id: str,
+        skip_check: bool,
     ) -> None:
-        self._table, self._targets = table, targets
+        self._table, self._targets, self._has_mask = table, targets, has_mask
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
         self._paths = entry_paths(
@@ -140,7 +146,7 @@ class NpzLatents:
                 if (expected := self._expected(number)) is not None:
                     self._index.add(self._paths[number], expected, contents=self._contents(number))
             self._index.save()
-        return NpzEntries(self._paths, right)
+        return NpzEntries(self._paths, right, has_mask=self._has_mask)
 
     def _image(self, number: int) -> PlacedImage:
         return self._table[int(self._targets.first[number])]
@@ -166,28 +172,45 @@ class NpzLatents:
         if self._index.confirms(path, expected, contents=self._contents(number)):
             return CacheCheck("valid")
         image = self._image(number)
-        bucket = image.placement.bucket
+        bucket, mask = image.placement.bucket, mask_source(image)
         return latent_cache.inspect(
             path,
             expected,
             need_flipped=bool(self._needs_flip[number]),
             latent_hw=(bucket.h // CELL, bucket.w // CELL),
             image_path=image.record.path,
+            mask=mask,
+            mask_path=None if mask is None else image.record.mask or image.record.path,
         )
 
     def _fingerprint(self, number: int, *, with_hash: bool) -> str:
         image = self._image(number)
         crop = crop_info(image.record.size, image.placement, flipped=False)
+        stamp = fingerprint.image_stamp(image.record.path, with_hash=with_hash)
+        mask = stamp if mask_source(image) == "alpha" else None
+        if image.record.mask is not None:
+            mask = fingerprint.image_stamp(image.record.mask, with_hash=with_hash)
         return fingerprint.latent_fingerprint(
-            image=fingerprint.image_stamp(image.record.path, with_hash=with_hash),
+            image=stamp,
             bucket=crop.target,
             resized=crop.resized,
             crop=(crop.left, crop.top),
             vae_id=self._vae_id,
             interpolation=image.record.subset.resize_interpolation,
+            mask=mask,
         )
 
 
+def mask_source(image: PlacedImage) -> MaskSource | None:
+    """What the loss mask of an image is made from; None when it has none."""
+    if image.record.mask is not None:
+        return "file"
+    return "alpha" if image.record.subset.alpha_mask else None
+
+
 def latent_identity(image: PlacedImage) -> tuple:
-    """What the latents of an image depend on, besides the VAE; images that agree in it share an entry."""
-    return image.record.path, image.placement.bucket, image.placement.resized, image.record.subset.resize_interpolation
+    """What the latents of an image and its mask depend on, besides the VAE; images that agree in it share an entry."""
+    record = image.record
+    own = (record.path, image.placement.bucket, image.placement.resized, record.subset.resize_interpolation)
+    source = mask_source(image)
+    return own if source is None else (*own, source, record.mask)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from library.data.caching import CacheReport, Targets, chunked, exchange, group_targets, stale_entries, usable
 from library.data.latent_backends import CELL, LatentBackend, MemoryLatents, NpzLatents
-from library.data.pixels import to_pixels
+from library.data.pixels import to_mask, to_pixels
 from library.data.progress import progress_bar
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore
-from library.data.table import ImageTable
-from library.data.transforms import apply_crop, crop_info, read_record
+from library.data.table import ImageTable, text_id
+from library.data.transforms import apply_crop, apply_crop_to_mask, crop_info, read_pictures
 from library.diffusion.crops import legacy_crop_ltrb
 from library.io.latent_cache import CacheCheck, LatentEntry
 from library.seeds import derive_seed
@@ -39,6 +39,13 @@ class LatentCacheOptions:
     to_disk: bool = False
     batch_size: int = 1
     skip_check: bool = False
+
+
+class Decoded(NamedTuple):
+    """An image cut to its bucket, uint8 (H, W, 3), and its mask, uint8 (H, W)."""
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
 
 
 class Built(NamedTuple):
@@ -76,7 +83,7 @@ def build_latents(
     report.built, report.reused = len(built), len(reused)
     report.failed = [failure for part in parts for failure in part.failed]
     entries = work.backend.entries([part.shared for part in parts], right=[*reused, *built], rank=rank)
-    return LatentStore(work.targets, entries), report
+    return LatentStore(work.targets, entries, has_mask=work.has_mask), report
 
 
 class _Pass:
@@ -90,12 +97,14 @@ class _Pass:
         flips = np.array([subset.flip_aug for subset in table.subsets], dtype=bool)
         flips = flips[table.subset_of[table.image_of[rows]]]
         self.needs_flip[self.targets.number_of[rows[flips]]] = True
+        self.has_mask = mask_ids(table)[self.targets.first] != 0
         self.backend: LatentBackend = MemoryLatents(self.targets)
         if options.to_disk:
             self.backend = NpzLatents(
                 table,
                 self.targets,
                 needs_flip=self.needs_flip,
+                has_mask=self.has_mask,
                 vae_id=options.vae_id,
                 skip_check=options.skip_check,
             )
@@ -106,14 +115,24 @@ class _Pass:
 
 
 def _targets(table: ImageTable) -> Targets:
-    """Uses of one file that are resized, cut and filtered alike share an entry."""
+    """Uses of one file that are resized, cut, filtered and masked alike share an entry."""
     rows = table.rows
     filters = [subset.resize_interpolation for subset in table.subsets]
     known = sorted(set(filters), key=str)
     filter_of = np.array([known.index(name) for name in filters], dtype=np.int64)
     images = table.image_of[rows]
-    columns = (table.path_ids[images], table.placement_of[rows], filter_of[table.subset_of[images]])
-    return group_targets(rows, columns, total=len(table))
+    own = (table.path_ids[images], table.placement_of[rows], filter_of[table.subset_of[images]])
+    return group_targets(rows, (*own, mask_ids(table)[rows]), total=len(table))
+
+
+def mask_ids(table: ImageTable) -> np.ndarray:
+    """For every row, uint64: 0 without a loss mask, 1 for the image's own alpha, else what stands for the mask file."""
+    by_alpha = np.array([subset.alpha_mask for subset in table.subsets], dtype=bool)
+    ids = by_alpha[table.subset_of].astype(np.uint64)
+    from_file = np.array([subset.mask_dir is not None for subset in table.subsets], dtype=bool)[table.subset_of]
+    for image in np.flatnonzero(from_file).tolist():
+        ids[image] = text_id(table.masks[image] or "")
+    return ids[table.image_of]
 
 
 def _chunks(work: _Pass, checks: Sequence[CacheCheck], batch_size: int) -> list[Sequence[int]]:
@@ -144,21 +163,19 @@ def _build(
         with progress_bar(sum(map(len, mine)), title=title) as bar:
             for chunk, decoded in _decoded(work, mine):
                 good = []
-                for number, pixels in zip(chunk, decoded, strict=True):
-                    if isinstance(pixels, Skipped):
-                        failed.append(pixels)
+                for number, pictures in zip(chunk, decoded, strict=True):
+                    if isinstance(pictures, Skipped):
+                        failed.append(pictures)
                     else:
-                        good.append((number, pixels))
+                        good.append((number, pictures))
                 if good:
                     _encode_chunk(work, good, encoder, numbers=numbers, failed=failed)
                 bar.update(len(chunk))
     return Built(numbers, work.backend.share(), failed)
 
 
-def _decoded(
-    work: _Pass, chunks: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], list[np.ndarray | Skipped]]]:
-    """Each chunk with its images, cropped, uint8; the next chunk is decoded while this one is worked on."""
+def _decoded(work: _Pass, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], list[Decoded | Skipped]]]:
+    """Each chunk with its images; the next chunk is decoded while this one is worked on."""
     with ThreadPoolExecutor(DECODERS) as pool:
         waiting: list[list[Future]] = []
         for position, chunk in enumerate(chunks):
@@ -167,31 +184,34 @@ def _decoded(
             yield chunk, [future.result() for future in waiting.pop(0)]
 
 
-def _decode(image: PlacedImage) -> np.ndarray | Skipped:
-    record = image.record
+def _decode(image: PlacedImage) -> Decoded | Skipped:
+    record, filter_name = image.record, image.record.subset.resize_interpolation
     try:
         crop = crop_info(record.size, image.placement, flipped=False)
-        return apply_crop(read_record(record), crop, interpolation=record.subset.resize_interpolation)
+        pixels, mask, _ = read_pictures(record, with_control=False)
+        if mask is not None:
+            mask = apply_crop_to_mask(mask, crop, interpolation=filter_name)
+        return Decoded(apply_crop(pixels, crop, interpolation=filter_name), mask)
     except READ_ERRORS as error:
         return Skipped.because_of(record.path, error)
 
 
 def _encode_chunk(
     work: _Pass,
-    good: Sequence[tuple[int, np.ndarray]],
+    good: Sequence[tuple[int, Decoded]],
     encoder: LatentEncoder,
     *,
     numbers: list[int],
     failed: list[Skipped],
 ) -> None:
     images = [work.image(number) for number, _ in good]
-    pixels_B3HW = torch.stack([to_pixels(pixels) for _, pixels in good])
+    pixels_B3HW = torch.stack([to_pixels(decoded.pixels) for _, decoded in good])
     latents_B4hw, finite_B = encoder(pixels_B3HW, posterior_noise(images, "plain"))
     flipped_B4hw = None
     if work.needs_flip[good[0][0]]:
         flipped_B4hw, also_finite_B = encoder(pixels_B3HW.flip(-1), posterior_noise(images, "flipped"))
         finite_B = finite_B & also_finite_B
-    for position, (number, _) in enumerate(good):
+    for position, (number, decoded) in enumerate(good):
         image = images[position]
         if not finite_B[position]:
             failed.append(Skipped(image.record.path, "the VAE gives no finite latents, in float32 neither"))
@@ -201,6 +221,7 @@ def _encode_chunk(
             flipped_4hw=None if flipped_B4hw is None else flipped_B4hw[position].float().cpu().clone(),
             original=image.record.size,
             crop_ltrb=legacy_crop_ltrb(image.placement.bucket, image.record.size),
+            mask_HW=None if decoded.mask is None else to_mask(decoded.mask),
         )
         work.backend.put(number, entry)
         numbers.append(number)

@@ -51,7 +51,7 @@ class DataSummary:
     `repeats` is the number of samples per epoch, regularisation included; `buckets` counts repeats too,
     `mean_ar_error` is over distinct images. `num_train_images` and `num_reg_images` are those of the metadata: samples
     of training images, and regularisation images times the repeats that their folder asks for.
-    `tokens` is there when captions were counted. `fits` has one item per data set.
+    `masked` images have a loss mask. `tokens` is there when captions were counted. `fits` has one item per data set.
     """
 
     images: int
@@ -64,6 +64,7 @@ class DataSummary:
     num_train_images: int
     num_reg_images: int
     unused_reg: int
+    masked: int = 0
     tokens: TokenSummary | None = None
     fits: tuple[FitSummary, ...] = ()
 
@@ -73,6 +74,8 @@ class DataSummary:
         lines += [subset.line() for subset in self.subsets]
         if self.unused_reg:
             lines.append(f"{self.unused_reg} regularisation images are not used: there are fewer training images")
+        if self.masked:
+            lines.append(f"{self.masked} images have a loss mask")
         lines += [
             f"bucket {i}: resolution {tuple(size)}, count: {count}"
             for i, (size, count) in enumerate(self.buckets.items())
@@ -130,6 +133,7 @@ def summarise(
         subsets=subsets,
         num_train_images=_num_train_images(table, table.images),
         num_reg_images=_num_reg_images(table, np.flatnonzero(table.is_live)),
+        masked=sum(len(group.used) for group in _groups(specs, table) if group.subset.has_masks),
         unused_reg=int((table.is_live & table.is_reg & (table.repeats == 0)).sum()),
         tokens=tokens,
         fits=tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library.data.caching import Targets
 from library.diffusion.conditioning import TextCond
+from library.diffusion.masks import mask_cells
 from library.io import text_cache
 from library.io.latent_cache import LatentEntry
 
@@ -33,19 +34,38 @@ class Entries(Protocol[Entry]):
         """For every number, bool, whether there is such an entry."""
 
 
+class CachedLatents(NamedTuple):
+    """What a cache holds of a sample, float32: latents as the VAE gave them (not scaled), and the loss mask.
+
+    `moments_8hw` takes the place of a fixed latent where the cache has it: the posterior's mean and log-variance.
+    """
+
+    latents_4hw: Tensor
+    mask_1hw: Tensor | None = None
+    moments_8hw: Tensor | None = None
+
+
 class LatentStore:
-    """Latents by row of the table of images, float32 (4, h, w), as the VAE gave them (not scaled)."""
+    """Latents and masks by row of the table of images. `has_mask` says of which entries the mask is used (all False
+    when left out): a cache file may hold one that this run does not want."""
 
-    def __init__(self, targets: Targets, entries: Entries[LatentEntry]) -> None:
+    def __init__(self, targets: Targets, entries: Entries[LatentEntry], *, has_mask: np.ndarray | None = None) -> None:
         self._targets, self._entries = targets, entries
+        self._has_mask = np.zeros(len(targets), dtype=bool) if has_mask is None else has_mask
 
-    def get(self, row: int, *, flipped: bool) -> Tensor:
-        """The latents of the image or of its mirror image. Raises UserError when a cache file cannot be read."""
-        entry = self._entries.read(int(self._targets.number_of[row]))
+    def get(self, row: int, *, flipped: bool) -> CachedLatents:
+        """What is cached of the image or of its mirror image. Raises UserError when a cache file cannot be read."""
+        number = int(self._targets.number_of[row])
+        entry = self._entries.read(number)
         latents = entry.flipped_4hw if flipped else entry.latents_4hw
         if latents is None:
             raise KeyError(f"row {row} has no mirrored latents")
-        return latents
+        if not self._has_mask[number]:
+            return CachedLatents(latents)
+        mask_hw = small_mask(entry)
+        if mask_hw is None:
+            raise KeyError(f"row {row} has no mask")
+        return CachedLatents(latents, (mask_hw.flip(-1) if flipped else mask_hw)[None])
 
     def has(self, rows: np.ndarray) -> np.ndarray:
         """For every row, bool, whether its latents are there."""
@@ -81,6 +101,14 @@ class TextStore:
 def _has(targets: Targets, entries: Entries, members: np.ndarray) -> np.ndarray:
     numbers = targets.number_of[members]
     return (numbers >= 0) & entries.has(np.maximum(numbers, 0))
+
+
+def small_mask(entry: LatentEntry) -> Tensor | None:
+    """The mask of an entry per latent cell, float32 (h, w)."""
+    mask = entry.mask_HW
+    if mask is None or mask.shape == entry.latents_4hw.shape[-2:]:
+        return mask
+    return mask_cells(mask)
 
 
 def text_row(entry: text_cache.TextEntry) -> TextCond:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from library.data.buckets import Placement
+from library.data.companions import aspect_problem, has_aspect_of
 from library.data.records import ImageRecord
 from library.diffusion.crops import CropInfo
 from library.errors import UserError
-from library.io.images import read_image
+from library.io.images import read_image, read_image_and_alpha, read_mask
 from library.sizes import Size
 
 _CV2_FILTERS = {
@@ -25,12 +27,15 @@ _CV2_FILTERS = {
 }
 _PIL_FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 
+_SMOOTH_FILTERS = frozenset({"nearest", "bilinear", "linear", "area", "box"})
+"""Filters whose results never leave the range of the pixels they are made from."""
+
 INTERPOLATIONS = (*_CV2_FILTERS, *_PIL_FILTERS)
 """The names that `resize_interpolation` accepts."""
 
 
 def resize(image: np.ndarray, size: Size, *, interpolation: str | None = None) -> np.ndarray:
-    """Scale an (H, W, 3) uint8 image to `size`.
+    """Scale an (H, W, 3) or (H, W) uint8 image to `size`.
 
     Without `interpolation`: OpenCV's area average when neither side grows, Pillow's Lanczos otherwise.
     """
@@ -63,7 +68,22 @@ def crop_info(original: Size, placement: Placement, *, flipped: bool, rng: rando
 
 def apply_crop(image: np.ndarray, crop: CropInfo, *, interpolation: str | None = None) -> np.ndarray:
     """Resize, cut out and mirror an (H, W, 3) uint8 image as `crop` says; contiguous, uint8."""
-    resized = resize(image, crop.resized, interpolation=interpolation)
+    return _cut(resize(image, crop.resized, interpolation=interpolation), crop)
+
+
+def apply_crop_to_mask(mask: np.ndarray, crop: CropInfo, *, interpolation: str | None = None) -> np.ndarray:
+    """Resize, cut out and mirror an (H, W) uint8 mask exactly as its image; the mask may be of another size.
+
+    Filters that overshoot (Lanczos, cubic) would draw a halo of weight around every edge: in their place, and without
+    `interpolation`, an area average when neither side grows, and a linear one otherwise.
+    """
+    if interpolation not in _SMOOTH_FILTERS:
+        height, width = mask.shape
+        interpolation = "area" if crop.resized.w <= width and crop.resized.h <= height else "linear"
+    return _cut(resize(mask, crop.resized, interpolation=interpolation), crop)
+
+
+def _cut(resized: np.ndarray, crop: CropInfo) -> np.ndarray:
     window = resized[crop.top : crop.top + crop.target.h, crop.left : crop.left + crop.target.w]
     if crop.flipped:
         window = window[:, ::-1]
@@ -73,7 +93,44 @@ def apply_crop(image: np.ndarray, crop: CropInfo, *, interpolation: str | None =
 
 def read_record(record: ImageRecord) -> np.ndarray:
     """The decoded image, uint8 (H, W, 3). Raises UserError when it is unreadable or no longer of the scanned size."""
-    image = read_image(record.path)
+    return _as_scanned(read_image(record.path), record)
+
+
+class Pictures(NamedTuple):
+    """The decoded files of a record, uint8: image (H, W, 3), mask (H, W) and condition image (H, W, 3), if any.
+
+    The companions may be of another size than the image, but have its aspect ratio.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    control: np.ndarray | None = None
+
+
+def read_pictures(record: ImageRecord, *, with_control: bool = True) -> Pictures:
+    """Decode what belongs to a record. Raises UserError as `read_record` does, and when a companion does not fit."""
+    control = read_control(record) if with_control else None
+    if record.mask is not None:
+        return Pictures(read_record(record), _fitting(record.mask, read_mask(record.mask), record.size), control)
+    if record.subset.alpha_mask:
+        image, alpha = read_image_and_alpha(record.path)
+        return Pictures(_as_scanned(image, record), alpha, control)
+    return Pictures(read_record(record), None, control)
+
+
+def read_control(record: ImageRecord) -> np.ndarray | None:
+    """The condition image of a record, uint8 (H, W, 3); raises UserError when it does not fit or cannot be read."""
+    return None if record.control is None else _fitting(record.control, read_image(record.control), record.size)
+
+
+def _fitting(path: str, companion: np.ndarray, image: Size) -> np.ndarray:
+    size = Size(companion.shape[1], companion.shape[0])
+    if not has_aspect_of(size, image):
+        raise UserError(f"the picture {aspect_problem(size, image)}", where=path, fix="scale it as a whole")
+    return companion
+
+
+def _as_scanned(image: np.ndarray, record: ImageRecord) -> np.ndarray:
     size = Size(image.shape[1], image.shape[0])
     if size != record.size:
         raise UserError(f"the image is now {size}; it was {record.size} when the run started", where=record.path)

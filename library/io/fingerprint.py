@@ -19,6 +19,7 @@ TEXT_VERSION = 1
 _NAMES = {
     "version": "format version",
     "image": "image",
+    "mask": "mask",
     "bucket": "bucket",
     "resized": "resized size",
     "crop": "crop",
@@ -59,9 +60,15 @@ def latent_fingerprint(
     crop: tuple[int, int],
     vae_id: str,
     interpolation: str | None = None,
+    mask: ImageStamp | None = None,
     version: int = LATENT_VERSION,
 ) -> str:
-    """Describe a latent: the image, its resize and crop (left, top of the bucket in the resized image), the VAE."""
+    """Describe a latent: the image, its resize and crop (left, top of the bucket in the resized image), the VAE.
+
+    `mask` is the file that a mask in the entry was made from, the image's own for its alpha; without one it is not
+    mentioned.
+    """
+    optional = {} if mask is None else {"mask": list(mask)}
     return _dump(
         version=version,
         image=list(image),
@@ -70,6 +77,7 @@ def latent_fingerprint(
         crop=list(crop),
         interpolation=interpolation,
         vae=vae_id,
+        **optional,
     )
 
 
@@ -86,17 +94,28 @@ def text_fingerprint(
     )
 
 
-def changes(stored: str, expected: str, *, image_path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+def changes(
+    stored: str,
+    expected: str,
+    *,
+    image_path: str | os.PathLike[str] | None = None,
+    mask_path: str | os.PathLike[str] | None = None,
+) -> tuple[str, ...]:
     """Return what differs, in words for the log ("VAE changed", "caption changed"); empty when the entry is good.
 
     An image touched or copied (same number of bytes, other time) is hashed before it counts as changed, when the
-    stored stamp has a hash and the expected one has one too or `image_path` says where to look.
+    stored stamp has a hash and the expected one has one too or `image_path` says where to look; so is a mask. A mask in
+    the entry does not count when none is expected.
     """
     try:
         old, new = json.loads(stored), json.loads(expected)
+        if "mask" not in new:
+            old.pop("mask", None)
         differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
-        if "image" in differing and _same_image(ImageStamp(*old["image"]), ImageStamp(*new["image"]), image_path):
-            differing.remove("image")
+        for key, path in (("image", image_path), ("mask", mask_path)):
+            both = key in differing and key in old
+            if both and _same_image(ImageStamp(*old[key]), ImageStamp(*new[key]), path):
+                differing.remove(key)
     except (ValueError, TypeError, AttributeError, KeyError):
         return ("fingerprint unreadable",)
     return tuple(f"{_NAMES.get(key, key)} changed" for key in differing)

@@ -1,7 +1,7 @@
-"""Read pictures of every kind users have, always to 8-bit RGB, always the right way up.
+"""Read pictures of every kind users have, always to 8-bit RGB, always the right way up; and masks.
 
-Pixels are what Pillow's `convert("RGB")` gives, as in sd-scripts: alpha is dropped, not composited, so transparent
-areas show the colour stored under them; colour profiles are not applied. Beyond that, 16-bit pictures are scaled to
+Pixels are what Pillow's `convert("RGB")` gives, as in sd-scripts: alpha is not composited, so transparent areas show
+the colour stored under them; colour profiles are not applied. Beyond that, 16-bit pictures are scaled to
 8 bits (Pillow clips grey ones), and EXIF orientation is applied. Of an animation the first frame is read.
 """
 
@@ -57,6 +57,25 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         return np.array(rgb)
 
 
+def read_image_and_alpha(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a picture as `read_image` does, and its alpha as uint8 (H, W): 255 everywhere in an opaque picture.
+
+    Transparency counts in every form: an alpha channel, a transparent colour, a palette with transparent entries.
+    Raises ImageError as `read_image` does.
+    """
+    with _opened(path) as (image, file):
+        orientation = _orientation(image, file)
+        alpha, rgb = _alpha(image), _to_rgb(image)
+        if orientation in _TRANSPOSE:
+            alpha, rgb = (part.transpose(_TRANSPOSE[orientation]) for part in (alpha, rgb))
+        return np.array(rgb), np.array(alpha)
+
+
+def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read a mask as uint8 (H, W): the red channel of a picture, grey pictures included. Raises ImageError."""
+    return np.ascontiguousarray(read_image(path)[:, :, 0])
+
+
 def read_size(path: str | os.PathLike[str]) -> Size:
     """Return the size `read_image` would give, from the header alone. Raises ImageError as it does."""
     with _opened(path) as (image, file):
@@ -98,6 +117,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; straight to RGB Pillow warns about the lost transparency
     return image.convert("RGB")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    """The alpha of a picture of any mode, as an 8-bit grey picture."""
+    if image.mode.startswith("I") and "transparency" in image.info:
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8))
+    if image.has_transparency_data:
+        return image.convert("RGBA").getchannel("A")
+    return Image.new("L", image.size, 255)
 
 
 def _orientation(image: Image.Image, file: BinaryIO) -> int:

@@ -1,8 +1,9 @@
 """Cached latents, one .npz per image in sd-scripts' format, plus what the entry was made from.
 
-Keys: `latents` float32 (4, h, w), `latents_flipped` alike (the encoded mirror image, optional), `original_size` int64
-[w, h], `crop_ltrb` float64 (4,); ours add `fingerprint` (JSON, 0-d text) and `fingerprint_crc`. Latents are as the VAE
-gives them, without the scaling factor. Source: spec cache_formats.md §1.
+Keys: `latents` float32 (4, h, w), `latents_flipped` alike (the encoded mirror image, optional), `alpha_mask` float32
+(8h, 8w) in [0, 1] (the loss mask, optional), `original_size` int64 [w, h], `crop_ltrb` float64 (4,); ours add
+`fingerprint` (JSON, 0-d text) and `fingerprint_crc`. Latents are as the VAE gives them, without the scaling factor.
+Source: spec cache_formats.md §1. sd-scripts writes masks from alpha only; ours from mask files too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ Status = Literal["missing", "valid", "stale", "foreign", "broken"]
 
 _CHECKSUMS = "fingerprint_crc"
 _DATA_KEYS = ("latents", "original_size", "crop_ltrb", "latents_flipped")
+_MASK = "alpha_mask"
+
+CELL = 8
+"""Pixels per latent cell along one side."""
+
+MaskSource = Literal["alpha", "file"]
+"""What a mask is made from: the image's own alpha, or a mask file."""
 
 
 class CacheCheck(NamedTuple):
@@ -35,8 +43,9 @@ class CacheCheck(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LatentEntry:
-    """One image's latents (4, h, w) float32, unscaled, and those of its mirror image.
+    """One image's latents (4, h, w) float32, unscaled, and those of its mirror image; and its loss mask.
 
+    `mask_HW` is float32 in [0, 1], in pixels (8h, 8w) or already per latent cell (h, w), not mirrored.
     `crop_ltrb` holds sd-scripts' numbers for its own readers (`legacy_crop_ltrb` of bucket and image), never the real
     crop, whoever wrote the file: take that from the placement. `fingerprint` is None in files of other programs.
     """
@@ -46,6 +55,7 @@ class LatentEntry:
     original: Size
     crop_ltrb: tuple[float, float, float, float]
     fingerprint: str | None = None
+    mask_HW: Tensor | None = None
 
 
 def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Path:
@@ -58,25 +68,26 @@ def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Pat
 def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str) -> None:
     """Write the entry atomically; keys of other programs in an existing file stay.
 
-    Of an existing file, mirror latents and an alpha mask of another size go when the new entry does not bring them:
-    they belonged to the latents being replaced.
+    Of an existing file, mirror latents and a mask go when the new entry does not bring them: they belonged to the
+    latents being replaced.
     """
     latents = _float32(entry.latents_4hw)
     arrays = {"latents": latents}
     if entry.flipped_4hw is not None:
         arrays["latents_flipped"] = _float32(entry.flipped_4hw)
+    if entry.mask_HW is not None:
+        arrays[_MASK] = _pixels(_float32(entry.mask_HW), latents.shape)
     arrays["original_size"] = np.array(entry.original, dtype=np.int64)
     arrays["crop_ltrb"] = np.array(entry.crop_ltrb, dtype=np.float64)
     arrays["fingerprint"] = np.array(fingerprint)
-    drop = {"latents_flipped"}
-    if _alpha_shape(path) != (latents.shape[1] * 8, latents.shape[2] * 8):
-        drop.add("alpha_mask")
-    npz_file.write_arrays(path, arrays, drop=drop, checksum_key=_CHECKSUMS)
+    npz_file.write_arrays(path, arrays, drop={"latents_flipped", _MASK}, checksum_key=_CHECKSUMS)
 
 
-def read(path: str | os.PathLike[str]) -> LatentEntry:
-    """Read an entry; raises UserError naming the file when it is damaged or lacks latents."""
-    arrays = npz_file.read_entry(path, (*_DATA_KEYS, "fingerprint"), required=_DATA_KEYS[:3])
+def read(path: str | os.PathLike[str], *, with_mask: bool = True) -> LatentEntry:
+    """Read an entry, its mask only when asked; raises UserError naming the file when it is damaged or lacks latents."""
+    keys = (*_DATA_KEYS, "fingerprint", *([_MASK] if with_mask else []))
+    arrays = npz_file.read_entry(path, keys, required=_DATA_KEYS[:3])
+    mask = arrays.get(_MASK)
     flipped = arrays.get("latents_flipped")
     left, top, right, bottom = (float(edge) for edge in arrays["crop_ltrb"])
     width, height = (int(side) for side in arrays["original_size"])
@@ -86,6 +97,7 @@ def read(path: str | os.PathLike[str]) -> LatentEntry:
         original=Size(width, height),
         crop_ltrb=(left, top, right, bottom),
         fingerprint=str(arrays["fingerprint"]) if "fingerprint" in arrays else None,
+        mask_HW=None if mask is None else torch.from_numpy(mask).float(),
     )
 
 
@@ -108,12 +120,15 @@ def inspect(
     need_flipped: bool,
     latent_hw: tuple[int, int],
     image_path: str | os.PathLike[str] | None = None,
+    mask: MaskSource | None = None,
+    mask_path: str | os.PathLike[str] | None = None,
 ) -> CacheCheck:
     """Decide whether a cache file can be used for an image that should have `expected` as its fingerprint.
 
     "valid"; "foreign": written by another program, of the right shape, so usable but unproven; "stale": must be
     rebuilt; "broken": unreadable; "missing". Reads the archive's directory and small arrays only. Never raises for a
-    bad file. `image_path` allows a touched image to be hashed before its entry counts as stale.
+    bad file. `image_path` and `mask_path` allow a touched file to be hashed before its entry counts as stale. `mask`
+    says what mask the entry has to hold; one that is not wanted does no harm.
     """
     if not os.path.exists(path):
         return CacheCheck("missing")
@@ -121,16 +136,19 @@ def inspect(
         found = npz_file.peek(path, ("fingerprint", _CHECKSUMS))
     except npz_file.BrokenArchive as error:
         return CacheCheck("broken", (str(error),))
-    reasons = _misfits(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw)
+    reasons = _misfits(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw, need_mask=mask is not None)
     if reasons:
         return CacheCheck("stale", reasons)
-    if not _is_ours(found):
-        return CacheCheck("foreign")
-    reasons = fp.changes(str(found.arrays["fingerprint"]), expected, image_path=image_path)
+    if not _is_ours(found, with_mask=mask is not None):
+        # The masks of other programs are made from alpha.
+        return CacheCheck("stale", ("mask of another program",)) if mask == "file" else CacheCheck("foreign")
+    reasons = fp.changes(str(found.arrays["fingerprint"]), expected, image_path=image_path, mask_path=mask_path)
     return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
 
 
-def _misfits(shapes: dict[str, tuple[int, ...]], *, need_flipped: bool, latent_hw: tuple[int, int]) -> tuple[str, ...]:
+def _misfits(
+    shapes: dict[str, tuple[int, ...]], *, need_flipped: bool, latent_hw: tuple[int, int], need_mask: bool
+) -> tuple[str, ...]:
     reasons = [f"no {key}" for key in _DATA_KEYS[:3] if key not in shapes]
     if need_flipped and "latents_flipped" not in shapes:
         reasons.append("no latents of the mirrored image")
@@ -138,25 +156,27 @@ def _misfits(shapes: dict[str, tuple[int, ...]], *, need_flipped: bool, latent_h
         shape = shapes.get(key)
         if shape is not None and shape[-2:] != tuple(latent_hw) and (key == "latents" or need_flipped):
             reasons.append("bucket changed")
+    if need_mask and _MASK not in shapes:
+        reasons.append("no mask")
+    elif need_mask and shapes[_MASK] != (latent_hw[0] * CELL, latent_hw[1] * CELL):
+        reasons.append("bucket changed")
     return tuple(dict.fromkeys(reasons))
 
 
-def _is_ours(found: npz_file.Contents) -> bool:
-    """Tell whether the fingerprint speaks of the latents in the file.
+def _is_ours(found: npz_file.Contents, *, with_mask: bool) -> bool:
+    """Tell whether the fingerprint speaks of the latents (and the mask, if it matters) in the file.
 
     sd-scripts keeps our keys when it rewrites latents in place, so the checksums taken at writing must still hold.
     """
     if not {"fingerprint", _CHECKSUMS} <= found.arrays.keys():
         return False
-    keys = ["latents"] + (["latents_flipped"] if "latents_flipped" in found.shapes else [])
+    keys = [key for key in ("latents", "latents_flipped", _MASK) if key in found.shapes and (key != _MASK or with_mask)]
     return [found.checksums[key] for key in keys] == found.arrays[_CHECKSUMS].tolist()[: len(keys)]
 
 
-def _alpha_shape(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
-    try:
-        return npz_file.peek(path).shapes.get("alpha_mask")
-    except npz_file.BrokenArchive:
-        return None
+def _pixels(mask: np.ndarray, latents_shape: tuple[int, ...]) -> np.ndarray:
+    """The mask in pixels, as sd-scripts stores it."""
+    return mask.repeat(CELL, 0).repeat(CELL, 1) if mask.shape == latents_shape[1:] else mask
 
 
 def _float32(latents: Tensor | np.ndarray) -> np.ndarray:

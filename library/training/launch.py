@@ -220,7 +220,14 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
             fix="give the parts that should train a rate above 0",
         )
     loss = load_plugin("library.diffusion.losses", cfg.diffusion.loss_type)
-    step = TrainStep(bundle, trainable, trained, elementwise_loss=loss.elementwise, with_text=not run.text_cached)
+    step = TrainStep(
+        bundle,
+        trainable,
+        trained,
+        elementwise_loss=loss.elementwise,
+        with_text=not run.text_cached,
+        mask_by_area=cfg.data.masked_loss_normalize == "area",
+    )
     step.train()
     wrapped = accelerator.prepare_model(step)
     length = schedule(

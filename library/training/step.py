@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.data.types import Batch
 from library.diffusion.conditioning import TextCond
+from library.diffusion.masks import apply_mask
 from library.diffusion.reduce import per_sample, weighted_mean
 from library.diffusion.schedule import NoiseSchedule
 from library.diffusion.targets import training_target
@@ -36,10 +37,11 @@ class TrainStep(nn.Module):
     """Batch and draw in, loss out; pure in both.
 
     Order of operations: spec of the SDXL forward step (latents x 0.13025, text, noise, prediction, target, loss in
-    float32, mean over C, h, w, times the sample's weight, mean over the real rows).
+    float32, times the mask, mean over C, h, w, times the sample's weight, mean over the real rows).
 
     trained: the module that owns the trained parameters. elementwise_loss: a plugin's function of (prediction, target),
-    both float32 BChw. with_text: whether batches come with tokens instead of cached text outputs.
+    both float32 BChw. with_text: whether batches come with tokens instead of cached text outputs. mask_by_area: divide
+    each sample's masked loss by the mean of its mask.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TrainStep(nn.Module):
         *,
         elementwise_loss: Callable[[Tensor, Tensor], Tensor],
         with_text: bool,
+        mask_by_area: bool = False,
     ) -> None:
         super().__init__()
         self.unet = bundle.unet
@@ -60,6 +63,7 @@ class TrainStep(nn.Module):
         self.bundle = bundle
         self.trainable = trainable
         self.elementwise_loss = elementwise_loss
+        self.mask_by_area = mask_by_area
         # A buffer, so that it moves to the device with the module; float64, so that it keeps its precision.
         self.register_buffer("alphas_cumprod_N", bundle.schedule.alphas_cumprod_N, persistent=False)
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
@@ -82,7 +86,10 @@ class TrainStep(nn.Module):
         target = training_target(
             self.bundle.prediction_type, schedule=schedule, x0=latents, noise=draw.noise_BChw, t=draw.t_B
         )
-        loss_B = per_sample(self.elementwise_loss(prediction.float(), target.float()))
+        loss_BChw = self.elementwise_loss(prediction.float(), target.float())
+        if batch.mask_B1hw is not None:
+            loss_BChw = apply_mask(loss_BChw, batch.mask_B1hw, by_area=self.mask_by_area)
+        loss_B = per_sample(loss_BChw)
         # A rank can hold nothing but padding: the last batch of a bucket has fewer samples than there are ranks.
         loss = weighted_mean(loss_B, weight_B, max(batch.num_real, 1))
         return StepOutput(loss, loss_B.detach(), (~finite_B).sum().float())

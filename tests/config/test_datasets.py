@@ -43,6 +43,7 @@ VALUES = {
     "flip_aug": st.booleans(),
     "random_crop": st.booleans(),
     "resize_interpolation": st.sampled_from(["lanczos", "area"]),
+    "alpha_mask": st.booleans(),
 }
 RULES_OFF = {"pretrained_model_name_or_path": "tiny", "resolution": 512}
 
@@ -328,3 +329,58 @@ def test_dataset_file_takes_the_place_of_the_folder(folder):
     specs, cfg = _specs(text, folder, train_data_dir="nowhere")
     assert len(specs) == 1
     assert cfg.notices == ["train_data_dir is ignored: the data is named by dataset_config"]
+
+
+SUBSET = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n"
+
+
+def test_conditioning_data_dir_holds_masks_or_condition_images(folder):
+    text = f"{SUBSET}conditioning_data_dir = 'b'\n"
+    (spec,), _ = _specs(text, folder, masked_loss=True, alpha_mask=True)
+    assert (spec.subsets[0].mask_dir, spec.subsets[0].control_dir, spec.subsets[0].alpha_mask) == ("b", None, False)
+    (spec,), _ = _specs(text, folder)
+    assert (spec.subsets[0].mask_dir, spec.subsets[0].control_dir) == (None, "b")
+    (spec,), _ = _specs(SUBSET, folder, alpha_mask=True)
+    assert spec.subsets[0].alpha_mask and spec.subsets[0].has_masks
+    twice = f"{text}[[datasets.subsets]]\nimage_dir='a'\n"
+    (spec,), cfg = _specs(twice, folder, masked_loss=True)
+    assert len(spec.subsets) == 2 and not cfg.notices, "the same images with and without masks are two subsets"
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "what", "line"),
+    [
+        ("conditioning_data_dir = 'nowhere'", {}, "conditioning_data_dir nowhere does not exist", 4),
+        ("conditioning_data_dir = './a'", {}, "conditioning_data_dir is the folder of the images themselves", 4),
+        ("conditioning_data_dir = 3", {}, "conditioning_data_dir = 3 must be a text in quotes", 4),
+        (
+            "conditioning_data_dir = 'b'\nalpha_mask = true",
+            {"masked_loss": True},
+            "alpha_mask and conditioning_data_dir name two masks for each image",
+            5,
+        ),
+        (
+            "conditioning_data_dir = 'b'\n[[datasets.subsets]]\nimage_dir = 'b'",
+            {},
+            "a dataset has subsets with condition images and subsets without",
+            1,
+        ),
+        ("", {"masked_loss": True}, "masked_loss has no mask to act with", None),
+        ("", {"masked_loss_normalize": "area"}, "masked_loss_normalize has no mask to act with", None),
+    ],
+)
+def test_masks_and_condition_images_that_cannot_be(folder, lines, changes, what, line):
+    ((found, where, fix),) = _problems(SUBSET + lines, folder, **changes)
+    assert found == what
+    assert where == f"./data.toml line {line}" if line else where.endswith("argument")
+    assert fix or "must be" in what
+
+
+def test_a_trainer_without_condition_images_refuses_them(folder, complete):
+    (folder / "data.toml").write_text(f"{SUBSET}conditioning_data_dir = 'b'\n")
+    with pytest.raises(UserError) as caught:
+        make_config("sdxl_train_network", **{**complete, "dataset_config": "data.toml"})
+    (problem,) = caught.value.problems
+    assert problem.what == "this run uses no condition images, so conditioning_data_dir cannot act in a"
+    assert "set masked_loss" in problem.fix
+    make_config("sdxl_train_network", **{**complete, "dataset_config": "data.toml", "masked_loss": True})

@@ -106,3 +106,8 @@ def test_flags_without_effect_are_known_and_not_options():
         assert name in known_flags()
         assert reason
         assert not any(name in RUNS[run].options() for run in runs)
+
+
+def test_a_folder_of_masks_belongs_to_a_subset():
+    problem = foreign_flag("conditioning_data_dir", "masks", run="sdxl_train_network", where="command line")
+    assert "in the dataset file only" in problem.what and "[[datasets.subsets]]" in problem.fix

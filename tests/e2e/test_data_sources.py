@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from tests.e2e.conftest import log_of
@@ -46,3 +49,43 @@ def test_the_prior_loss_weight_acts(train, pictures, tmp_path):
     assert losses["1"] != losses["0.5"] != losses["0"]
     for full, half, none in zip(losses["1"], losses["0.5"], losses["0"], strict=True):
         assert abs((full + none) / 2 - half) < 1e-5
+
+
+def _losses(output) -> list[float]:
+    return [record["loss"] for record in log_of(output) if "loss" in record]
+
+
+@pytest.fixture
+def masks(pictures, tmp_path):
+    """dataset_config with masks whose left half is white; and the folder of the masks."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for path in (pictures / "2_thing").glob("*.png"):
+        mask = np.zeros(Image.open(path).size[::-1], np.uint8)
+        mask[:, : mask.shape[1] // 2] = 255
+        Image.fromarray(mask).save(folder / path.name)
+    config = tmp_path / "data.toml"
+    config.write_text(
+        f"[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = {str(pictures / '2_thing')!r}\n"
+        f"conditioning_data_dir = {str(folder)!r}\n"
+    )
+    return config, folder
+
+
+def test_masked_loss_trains_from_caches_on_disk_as_without(train, masks):
+    config, folder = masks
+    flags = [f"--dataset_config={config}", "--masked_loss", "--flip_aug", "--max_train_steps=4"]
+    first = train("first", *flags, "--cache_latents_to_disk")
+    assert len(_losses(first)) == 4
+    assert _losses(train("again", *flags, "--cache_latents_to_disk")) == _losses(first), "from the files"
+    assert _losses(train("memory", *flags, "--cache_latents")) == _losses(first)
+    by_area = _losses(train("area", *flags, "--cache_latents_to_disk", "--masked_loss_normalize=area"))
+    assert by_area[0] == pytest.approx(2 * _losses(first)[0], rel=1e-5)
+    with np.load(next((folder.parent / "train" / "2_thing").glob("*.npz"))) as file:
+        assert sorted(np.unique(file["alpha_mask"]).tolist()) == [0.0, 1.0]
+    for path in folder.glob("*.png"):
+        Image.new("L", Image.open(path).size, 255).save(path)
+    white = _losses(train("white", *flags, "--cache_latents_to_disk"))
+    config.write_text("".join(line for line in config.open() if "conditioning" not in line))
+    del flags[1]
+    assert white == _losses(train("none", *flags, "--cache_latents_to_disk")) != _losses(first)

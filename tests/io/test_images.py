@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from library.errors import UserError
-from library.io.images import IMAGE_EXTENSIONS, ImageError, read_image, read_size
+from library.io.images import (
+    IMAGE_EXTENSIONS,
+    ImageError,
+    read_image,
+    read_image_and_alpha,
+    read_mask,
+    read_size,
+)
 from library.sizes import Size
 
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}}
@@ -53,6 +60,70 @@ def test_lossless_formats_come_back_exactly(tmp_path: Path, picture: Image.Image
 def test_lossy_formats_come_back_nearly(tmp_path: Path, picture: Image.Image, kind: str) -> None:
     picture.save(tmp_path / "a", kind, **LOSSY[kind])
     assert np.abs(_pixels(tmp_path / "a").astype(int) - np.asarray(picture)).mean() < 4
+
+
+def _paletted(alpha: np.ndarray) -> tuple[Image.Image, bytes]:
+    """A palette picture whose index is the alpha, and its transparent entries."""
+    image = Image.fromarray(alpha, "L").convert("P")
+    image.putpalette([channel for grey in range(256) for channel in (grey, 0, 0)])
+    return image, bytes(range(256))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "WEBP"])
+def test_alpha_of_every_kind_comes_back_exactly(tmp_path: Path, picture: Image.Image, kind: str) -> None:
+    alpha = np.asarray(picture)[:, :, 1].copy()
+    image = picture.copy()
+    image.putalpha(Image.fromarray(alpha))
+    options = {}
+    if kind == "LA":
+        image = image.convert("LA")
+    elif kind == "P":
+        image, transparency = _paletted(alpha)
+        options = {"transparency": transparency}
+    image.save(
+        tmp_path / "a", "WEBP" if kind == "WEBP" else "PNG", **({"lossless": True} if kind == "WEBP" else options)
+    )
+    pixels, found = read_image_and_alpha(tmp_path / "a")
+    assert found.dtype == np.uint8 and np.array_equal(found, alpha)
+    assert np.array_equal(pixels, _pixels(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "I;16"])
+def test_a_transparent_colour_is_alpha(tmp_path: Path, picture: Image.Image, mode: str) -> None:
+    red = np.asarray(picture)[:, :, 0]
+    image = Image.fromarray(red.astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
+    where = np.asarray(image) == np.asarray(image)[0, 3]
+    where = where.all(axis=-1) if mode == "RGB" else where
+    colour = image.getpixel((3, 0))
+    image.save(tmp_path / "a", "PNG", transparency=colour)
+    _, alpha = read_image_and_alpha(tmp_path / "a")
+    assert 0 < where.mean() < 1 and np.array_equal(alpha, np.where(where, 0, 255))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
+def test_an_opaque_picture_has_an_alpha_of_255(tmp_path: Path, picture: Image.Image, kind: str) -> None:
+    picture.save(tmp_path / "a", kind)
+    _, alpha = read_image_and_alpha(tmp_path / "a")
+    assert alpha.shape == (24, 40) and (alpha == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_alpha_and_masks_turn_with_the_picture(tmp_path: Path, picture: Image.Image, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = picture.copy()
+    image.putalpha(picture.getchannel("R"))
+    image.save(tmp_path / "a", "PNG", exif=exif)
+    pixels, alpha = read_image_and_alpha(tmp_path / "a")
+    assert np.array_equal(alpha, pixels[:, :, 0])
+    assert np.array_equal(read_mask(tmp_path / "a"), alpha)
+
+
+def test_a_mask_is_the_red_channel_and_16_bits_become_8(tmp_path: Path, picture: Image.Image) -> None:
+    red = np.asarray(picture)[:, :, 0]
+    picture.save(tmp_path / "a", "PNG")
+    Image.fromarray(red.astype(np.uint16) * 257).save(tmp_path / "deep", "PNG")
+    assert np.array_equal(read_mask(tmp_path / "a"), red) and np.array_equal(read_mask(tmp_path / "deep"), red)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +104,74 @@ def test_other_programs_keys_stay_and_what_belonged_to_the_old_latents_goes(path
     latent_cache.write(path, _entry(), _fingerprint())
     with np.load(path) as archive:
         assert archive["latents_48x32"].tolist() == [7, 7, 7] and str(archive["theirs"]) == "text"
-        assert "alpha_mask" in archive.files and "latents_flipped" not in archive.files
-    latent_cache.write(path, _entry(hw=(2, 2)), _fingerprint())
+        assert "alpha_mask" not in archive.files and "latents_flipped" not in archive.files
+
+
+def _masked(path: Path, **changed: object) -> torch.Tensor:
+    """Write an entry with a mask made from the file `h` and return the mask."""
+    mask_HW = torch.rand(32, 48, generator=torch.Generator().manual_seed(3))
+    entry = replace(_entry(flipped=True), mask_HW=mask_HW)
+    latent_cache.write(path, entry, _fingerprint(mask=fp.ImageStamp(5, 6, "m"), **changed))
+    return mask_HW
+
+
+def test_a_mask_is_stored_as_sd_scripts_reads_it(path: Path) -> None:
+    mask_HW = _masked(path)
     with np.load(path) as archive:
-        assert "alpha_mask" not in archive.files and "theirs" in archive.files
+        assert archive["alpha_mask"].dtype == np.float32 and np.array_equal(archive["alpha_mask"], mask_HW.numpy())
+    assert torch.equal(latent_cache.read(path).mask_HW, mask_HW)
+    assert latent_cache.read(path, with_mask=False).mask_HW is None
+
+
+def test_a_mask_per_cell_is_stored_in_pixels(path: Path) -> None:
+    cells_hw = torch.rand(4, 6, generator=torch.Generator().manual_seed(3))
+    latent_cache.write(path, replace(_entry(), mask_HW=cells_hw), _fingerprint())
+    stored = latent_cache.read(path).mask_HW
+    assert (
+        stored.shape == (32, 48)
+        and torch.equal(stored[::8, ::8], cells_hw)
+        and torch.equal(stored[7::8, 7::8], cells_hw)
+    )
+
+
+def _look(path: Path, expected: str, mask: str | None, **changed: object) -> latent_cache.CacheCheck:
+    return latent_cache.inspect(path, expected, need_flipped=True, latent_hw=(4, 6), mask=mask, **changed)
+
+
+def test_a_mask_counts_only_where_it_is_wanted(path: Path) -> None:
+    _masked(path)
+    same = _fingerprint(mask=fp.ImageStamp(5, 6))
+    assert _look(path, same, "file") == ("valid", ())
+    assert _look(path, _fingerprint(mask=fp.ImageStamp(9, 6)), "file") == ("stale", ("mask changed",))
+    assert _look(path, _fingerprint(), None) == ("valid", ())
+    latent_cache.write(path, _entry(flipped=True), _fingerprint())
+    assert _look(path, same, "file") == ("stale", ("no mask",))
+
+
+def test_a_touched_mask_keeps_its_entry(tmp_path: Path, path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(b"pixels")
+    entry = replace(_entry(flipped=True), mask_HW=torch.ones(4, 6))
+    latent_cache.write(path, entry, _fingerprint(mask=fp.image_stamp(mask, with_hash=True)))
+    os.utime(mask, ns=(7, 7))
+    expected = _fingerprint(mask=fp.image_stamp(mask))
+    assert _look(path, expected, "file") == ("stale", ("mask changed",))
+    assert _look(path, expected, "file", mask_path=mask) == ("valid", ())
+    mask.write_bytes(b"pixelz")
+    assert _look(path, expected, "file", mask_path=mask).status == "stale"
+
+
+def test_masks_of_sd_scripts_are_made_from_alpha(path: Path) -> None:
+    shapes = {"latents": (4, 4, 6), "latents_flipped": (4, 4, 6), "alpha_mask": (32, 48)}
+    arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    np.savez(path, **arrays, original_size=[8, 8], crop_ltrb=np.zeros(4))
+    assert _look(path, _fingerprint(mask=fp.ImageStamp(5, 6)), "alpha") == ("foreign", ())
+    assert _look(path, _fingerprint(mask=fp.ImageStamp(5, 6)), "file").status == "stale"
+    np.savez(
+        path, **arrays | {"alpha_mask": np.zeros((32, 40), np.float32)}, original_size=[8, 8], crop_ltrb=np.zeros(4)
+    )
+    assert _look(path, _fingerprint(mask=fp.ImageStamp(5, 6)), "alpha") == ("stale", ("bucket changed",))
+    assert _look(path, _fingerprint(), None) == ("foreign", ())
 
 
 def test_sd_scripts_own_file_is_foreign_and_read_as_it_is(path: Path) -> None:

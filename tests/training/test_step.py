@@ -1,5 +1,7 @@
 """One training step by hand against `TrainStep`, and what training must never touch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,8 +75,8 @@ def _draw(batch, epoch=0):
     return Draws(1, 0, 1000).make(batch.keys, epoch, latent_shape=(4, 8, 8), posterior=False)
 
 
-def _step(bundle, trainable):
-    return TrainStep(bundle, trainable, trainable.network, elementwise_loss=l2.elementwise, with_text=True)
+def _step(bundle, trainable, **options):
+    return TrainStep(bundle, trainable, trainable.network, elementwise_loss=l2.elementwise, with_text=True, **options)
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_noise(bundle, trainable):
@@ -93,6 +95,27 @@ def test_the_loss_is_the_mean_squared_error_of_the_noise(bundle, trainable):
     expected = (prediction - draw.noise_BChw).pow(2).mean((1, 2, 3))
     assert torch.allclose(out.loss_B, expected, rtol=1e-4)
     assert float(out.loss.detach()) == pytest.approx(float(expected.detach().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("by_area", [False, True])
+def test_a_mask_of_ones_is_no_mask_bit_for_bit(bundle, trainable, by_area):
+    batch = _batch(bundle)
+    masked = replace(batch, mask_B1hw=torch.ones(3, 1, 8, 8))
+    outs = [_step(bundle, trainable, mask_by_area=by_area)(given, _draw(batch)) for given in (batch, masked)]
+    assert torch.equal(outs[0].loss_B, outs[1].loss_B) and torch.equal(outs[0].loss, outs[1].loss)
+
+
+@pytest.mark.parametrize("by_area", [False, True])
+def test_a_black_mask_takes_the_weight_of_its_row(bundle, trainable, by_area):
+    batch = _batch(bundle)
+    mask_B1hw = torch.ones(3, 1, 8, 8)
+    mask_B1hw[1] = 0
+    mask_B1hw[2, :, 4:] = 0
+    step = _step(bundle, trainable, mask_by_area=by_area)
+    whole, masked = step(batch, _draw(batch)), step(replace(batch, mask_B1hw=mask_B1hw), _draw(batch))
+    assert masked.loss_B[0] == whole.loss_B[0] and masked.loss_B[1] == 0
+    assert masked.loss_B[2] != whole.loss_B[2]
+    assert float(masked.loss.detach()) == pytest.approx(float(masked.loss_B.mean()), rel=1e-6)
 
 
 def test_padding_rows_do_not_count(bundle, trainable):
