@@ -107,6 +107,16 @@ class DataOptions(Group):
         choices=["none", "area"],
         acts=TRAINER,
     )
+    validation_split: float = option(
+        0.0,
+        "share of the images of each dataset that is not trained on (regularisation images apart)",
+        ge=0,
+        le=1,
+        acts=TRAINER,
+    )
+    validation_seed: int | None = option(
+        None, "chooses the images of validation_split (unset: the seed of the run)", acts=TRAINER
+    )
     dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
     train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
     cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)

@@ -129,7 +129,9 @@ class _Reader:
             self.problems += wrong
             if wrong or SUBSET_ONLY_KEYS.keys() & place.wrong:
                 continue
-            own: dict[str, Any] = {key: place.values[key] for key in ("metadata_file", "is_reg") if key in place.values}
+            own: dict[str, Any] = {
+                key: place.values[key] for key in ("metadata_file", "is_reg", "is_validation") if key in place.values
+            }
             own |= self._companions(place)
             spec = self._subset([place, *outer], place.values.get("image_dir", ""), **own)
             if spec.num_repeats < 1:
@@ -190,9 +192,13 @@ class _Reader:
 
 
 def _is_again(spec: SubsetSpec, other: SubsetSpec) -> bool:
-    """Whether two subsets are one: the same images with the same masks or condition images."""
-    same_companions = (spec.mask_dir, spec.control_dir) == (other.mask_dir, other.control_dir)
-    return same_companions and Path(spec.place) == Path(other.place)
+    """Whether two subsets are one: the same images, for the same purpose, with the same masks or condition images."""
+    same_use = (spec.mask_dir, spec.control_dir, spec.is_validation) == (
+        other.mask_dir,
+        other.control_dir,
+        other.is_validation,
+    )
+    return same_use and Path(spec.place) == Path(other.place)
 
 
 def folder_name(name: str) -> tuple[int | None, str]:

@@ -29,6 +29,8 @@ DATASET_KEYS: dict[str, str] = {
     "bucket_selection": "bucket_selection",
     "bucket_max_crop": "bucket_max_crop",
     "bucket_max_upscale": "bucket_max_upscale",
+    "validation_split": "validation_split",
+    "validation_seed": "validation_seed",
 }
 SUBSET_KEYS: dict[str, str] = {
     "num_repeats": "dataset_repeats",
@@ -58,6 +60,7 @@ SUBSET_ONLY_KEYS: dict[str, type] = {
     "metadata_file": str,
     "conditioning_data_dir": str,
     "is_reg": bool,
+    "is_validation": bool,
 }
 PATH_KEYS = frozenset({"image_dir", "metadata_file", "conditioning_data_dir"})
 _KINDS: dict[type, str] = {str: "a text in quotes", dict: "a table", bool: "true or false, without quotes"}
@@ -66,8 +69,6 @@ LATER_KEYS: dict[str, Any] = {
     "color_aug": False,
     "face_crop_aug_range": None,
     "cache_info": False,
-    "validation_split": 0,
-    "validation_seed": None,
     "network_multiplier": 1,
 }
 

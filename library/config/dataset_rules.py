@@ -41,7 +41,10 @@ def check_dataset(cfg: RunConfig, spec: DatasetSpec, *, where: str) -> list[Prob
 
 
 def check_all(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> list[Problem]:
-    """The problems of all datasets together: options about masks need masks."""
+    """The problems of all datasets together: options about masks need masks, and something is to be trained on."""
+    if specs and all(subset.is_validation for spec in specs for subset in spec.subsets):
+        fix = "leave is_validation out of the subsets that are trained on"
+        return [Problem("every subset is held out by is_validation", cfg.provenance["dataset_config"], fix)]
     has_masks = any(subset.has_masks for spec in specs for subset in spec.subsets)
     if not specs or has_masks:
         return []
@@ -72,11 +75,25 @@ def _controls(cfg: RunConfig, spec: DatasetSpec, where: str) -> list[Problem]:
 
 
 def _kinds(spec: DatasetSpec, where: str) -> list[Problem]:
-    """Regularisation images are repeated as often as there are training images beside them."""
-    if not all(subset.is_reg for subset in spec.subsets):
-        return []
-    fix = "put a subset without is_reg into the same dataset"
-    return [Problem("the dataset has regularisation images and no training images", where, fix)]
+    """Regularisation images are repeated as often as there are training images beside them; no images are both
+    trained on and held out."""
+    problems = []
+    reg, held, trained = (
+        [subset.place for subset in spec.subsets if wanted(subset)]
+        for wanted in (
+            lambda subset: subset.is_reg,
+            lambda subset: subset.is_validation,
+            lambda subset: not subset.is_reg and not subset.is_validation,
+        )
+    )
+    if reg and not trained:
+        fix = "put a subset without is_reg into the same dataset"
+        problems.append(Problem("the dataset has regularisation images and no training images", where, fix))
+    for place in held:
+        if place in reg or place in trained:
+            what = f"{place} is trained on and held out by is_validation"
+            problems.append(Problem(what, where, "keep one; validation_split holds a part of the images out"))
+    return problems
 
 
 def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:

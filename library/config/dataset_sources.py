@@ -30,6 +30,9 @@ def check_source(place: Place) -> list[Problem]:
             for key in FOLDERS_ONLY
             if place.values.get(key)
         ]
+    if place.values.get("is_reg") and place.values.get("is_validation"):
+        fix = "regularisation images are there to be trained on: remove one of the two"
+        found.append(Problem("is_reg and is_validation exclude each other", place.where("is_validation"), fix))
     return found + _check_companions(place)
 
 

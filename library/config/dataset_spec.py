@@ -16,6 +16,7 @@ class SubsetSpec:
     `image_dir` is "" for a metadata file without one: its keys are then absolute paths. `loss_weight` is
     `prior_loss_weight` for regularisation images (`is_reg`) and 1 for all others. `mask_dir` holds loss masks,
     `control_dir` condition images, found by the stems of the images; with `alpha_mask` an image's alpha is its mask.
+    The images of an `is_validation` subset are not trained on.
     """
 
     image_dir: str
@@ -23,6 +24,7 @@ class SubsetSpec:
     num_repeats: int = 1
     class_tokens: str | None = None
     is_reg: bool = False
+    is_validation: bool = False
     loss_weight: float = 1.0
     caption_extension: str = ".caption"
     caption_separator: str = ","
@@ -77,3 +79,5 @@ class DatasetSpec:
     bucket_selection: str = "sdscripts"
     bucket_max_crop: float | None = None
     bucket_max_upscale: float | None = None
+    validation_split: float = 0.0
+    validation_seed: int | None = None

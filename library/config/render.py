@@ -117,8 +117,9 @@ def _dataset_section() -> Iterator[str]:
     yield from _paragraph(
         "A subset needs `image_dir`, or a `metadata_file` (JSON or JSONL; `image_dir` is then where its relative names "
         "start); all subsets of a dataset are of one kind. `is_reg` marks a folder of regularisation images, whose "
-        "loss is multiplied by `prior_loss_weight`. `class_tokens` is the caption of images that have no caption file; "
-        "`custom_attributes` is a table that is handed on with each sample."
+        "loss is multiplied by `prior_loss_weight`; `is_validation` images that are not trained on. `class_tokens` is "
+        "the caption of images that have no caption file; `custom_attributes` is a table that is handed on with each "
+        "sample."
     )
     yield from _paragraph(
         "`conditioning_data_dir` holds one picture for each image, found by its file name without the extension (of a "

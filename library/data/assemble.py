@@ -14,6 +14,7 @@ from library.data.buckets import BucketPolicy, UnplaceableImage
 from library.data.companions import add_companions
 from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.data.table import ImageTable
+from library.data.validation import hold_out
 from library.errors import UserError
 from library.plugins import load_plugin
 
@@ -36,9 +37,10 @@ def policy_of(spec: DatasetSpec) -> BucketPolicy:
     )
 
 
-def assemble(specs: Sequence[DatasetSpec]) -> tuple[ImageTable, ScanReport]:
+def assemble(specs: Sequence[DatasetSpec], *, seed: int = 0) -> tuple[ImageTable, ScanReport]:
     """Every usable image of every data set, in the order of the descriptions, and what was left out.
 
+    Images for validation are marked (`seed` chooses those of a `validation_split` without a seed of its own).
     Within a data set the regularisation images come last, with the repeats that `balance` gives them.
     """
     if not any(spec.subsets for spec in specs):
@@ -49,6 +51,7 @@ def assemble(specs: Sequence[DatasetSpec]) -> tuple[ImageTable, ScanReport]:
         _check_resolution(spec)
     report = ScanReport()
     table = ImageTable(_place_all(specs, report))
+    hold_out(table, specs, seed=seed, report=report)
     balance_reg(table)
     return table, report
 
@@ -95,7 +98,7 @@ def balance_reg(table: ImageTable) -> None:
     Those that are not used now stay unused: when this is done again after images were left out, they are in no cache.
     """
     is_reg, datasets = table.is_reg, table.image_datasets
-    is_used = table.is_live & (table.repeats > 0)
+    is_used = table.is_live & (table.repeats > 0) & ~table.is_validation
     for dataset in np.unique(datasets[is_reg]).tolist():
         here = is_used & (datasets == dataset)
         reg = np.flatnonzero(here & is_reg)

@@ -23,6 +23,7 @@ from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
 from library.data.token_counts import CountTokens, TokenSummary, count_tokens
 from library.data.types import Batch, StepGroup
+from library.data.validation import validation_specs
 from library.diffusion.conditioning import Tokens
 from library.errors import UserError
 from library.log import get_logger
@@ -61,12 +62,16 @@ def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData
     in `summary()`. Raises UserError when a folder is missing or empty or when nothing is left to train on.
     """
     chosen = DataSettings(**settings)
-    table, scan_report = assemble(specs)
+    table, scan_report = assemble(specs, seed=chosen.seed)
     return TrainData(specs, table, scan_report=scan_report, settings=chosen)
 
 
 class TrainData:
-    """Serves the batches of one rank. All ranks build the same object and take different rows of it."""
+    """Serves the batches of one rank. All ranks build the same object and take different rows of it.
+
+    `all_images` is the whole table, which caches are made for, `table` the part that is served. `validation` serves the
+    images that are held out, each once per epoch, or is None; its epoch 0 is the same in every run of one seed.
+    """
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class TrainData:
         *,
         scan_report: ScanReport,
         settings: DataSettings,
+        serves_validation: bool = False,
     ) -> None:
         self.specs = tuple(specs)
         self.settings = settings
@@ -84,8 +90,20 @@ class TrainData:
         self._text: TextStore | None = None
         self._total_steps: int | None = None
         self._reported: set[str] = set()
-        self.table = table
+        self.all_images = table
+        self.table = table.part(validation=serves_validation)
         self._group()
+        self.validation = None if serves_validation else self._held_out()
+
+    def _held_out(self) -> TrainData | None:
+        if not self.all_images.num_held_out:
+            return None
+        specs = validation_specs(self.all_images, self.specs)
+        seeds = [spec.validation_seed for spec in specs if spec.validation_seed is not None]
+        settings = replace(
+            self.settings, seed=seeds[0] if seeds else self.settings.seed, accumulation=1, count_tokens=None
+        )
+        return TrainData(specs, self.all_images, scan_report=ScanReport(), settings=settings, serves_validation=True)
 
     def _group(self) -> None:
         if not len(self.table.images):
@@ -118,8 +136,12 @@ class TrainData:
         if failures:
             self.scan_report.skipped.extend(failures)
             self.table.drop({failure.path for failure in failures})
-            balance_reg(self.table)
+            balance_reg(self.all_images)
             self._group()
+            if self.validation is not None and self.all_images.num_held_out:
+                self.validation._group()
+            else:
+                self.validation = None
 
     def attach_latents(self, store: LatentStore) -> None:
         """Take images from `store` from now on; pixels are no longer read."""
@@ -127,6 +149,8 @@ class TrainData:
         assert not len(missing), f"{len(missing)} images have no latents, e.g. {self.table[int(missing[0])]}"
         self._latents = store
         self._loader = None
+        if self.validation is not None:
+            self.validation.attach_latents(store)
 
     def attach_text(self, store: TextStore) -> None:
         """Take encoded captions from `store` from now on; captions are no longer tokenised."""
@@ -134,6 +158,8 @@ class TrainData:
         assert not len(missing), f"{len(missing)} captions are not encoded, e.g. {self.table.record(int(missing[0]))}"
         self._text = store
         self._loader = None
+        if self.validation is not None:
+            self.validation.attach_text(store)
 
     def set_length(self, total_steps: int) -> None:
         """Say how many optimizer steps the run has; a token warm-up over a share of the run needs it."""

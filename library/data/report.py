@@ -51,7 +51,8 @@ class DataSummary:
     `repeats` is the number of samples per epoch, regularisation included; `buckets` counts repeats too,
     `mean_ar_error` is over distinct images. `num_train_images` and `num_reg_images` are those of the metadata: samples
     of training images, and regularisation images times the repeats that their folder asks for.
-    `masked` images have a loss mask. `tokens` is there when captions were counted. `fits` has one item per data set.
+    `masked` images have a loss mask, `held_out` ones are for validation; `splits` says that a share of them was asked
+    for. `tokens` is there when captions were counted. `fits` has one item per data set.
     """
 
     images: int
@@ -65,6 +66,8 @@ class DataSummary:
     num_reg_images: int
     unused_reg: int
     masked: int = 0
+    held_out: int = 0
+    splits: bool = False
     tokens: TokenSummary | None = None
     fits: tuple[FitSummary, ...] = ()
 
@@ -74,6 +77,9 @@ class DataSummary:
         lines += [subset.line() for subset in self.subsets]
         if self.unused_reg:
             lines.append(f"{self.unused_reg} regularisation images are not used: there are fewer training images")
+        if self.held_out or self.splits:
+            too_few = "" if self.held_out else ": there are too few for validation_split"
+            lines.append(f"{self.held_out} images held out for validation{too_few}")
         if self.masked:
             lines.append(f"{self.masked} images have a loss mask")
         lines += [
@@ -133,6 +139,8 @@ def summarise(
         subsets=subsets,
         num_train_images=_num_train_images(table, table.images),
         num_reg_images=_num_reg_images(table, np.flatnonzero(table.is_live)),
+        held_out=table.num_held_out,
+        splits=any(spec.validation_split for spec in specs),
         masked=sum(len(group.used) for group in _groups(specs, table) if group.subset.has_masks),
         unused_reg=int((table.is_live & table.is_reg & (table.repeats == 0)).sum()),
         tokens=tokens,
@@ -192,10 +200,11 @@ def ss_metadata(
     datasets = [
         _dataset_info(spec, table, index, [group for group in groups if group.dataset == index])
         for index, spec in enumerate(specs)
+        if not all(subset.is_validation for subset in spec.subsets)
     ]
     common = {
         "ss_num_train_images": str(_num_train_images(table, table.images)),
-        "ss_num_validation_images": "0",
+        "ss_num_validation_images": str(table.num_held_out),
         "ss_num_reg_images": str(_num_reg_images(table, np.flatnonzero(table.is_live))),
         "ss_num_batches_per_epoch": str(batches_per_epoch),
     }

@@ -6,9 +6,10 @@ cost some hundred bytes an image and are shared. A row is made into an object on
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -74,12 +75,12 @@ class ImageTable(Sequence[PlacedImage]):
 
     An image that is offered at several resolutions has one row for each, one after the other; every other image has
     one row. Rows and numbers stay what they are for the whole run: `drop` marks images as gone, and an image without
-    repeats is not used either. `rows` and `images` list what is used.
+    repeats is not used either. `rows` and `images` list what is used; in a `part`, what is used of it.
 
     Columns by row: `image_of`, `dataset_of` (int64) and `placement_of` (int64, into `placements`). By image: `keys`,
     `paths`, `captions`, `tags`, `masks`, `controls`; `sizes` (int64, (N, 2): w, h); `subset_of` (int64, into
     `subsets`); `repeats` (int64, may be set); `weights` (float64); `stamps` (int64, (N, 2): bytes and mtime_ns, -1
-    where the source did not look); `path_ids` (uint64, `text_id` of the path).
+    where the source did not look); `path_ids` (uint64, `text_id` of the path); `is_validation` (bool).
     """
 
     def __init__(self, images: Iterable[PlacedImage] = ()) -> None:
@@ -129,6 +130,8 @@ class ImageTable(Sequence[PlacedImage]):
         self.weights = np.array(weights, dtype=np.float64)
         self.path_ids = np.array(path_ids, dtype=np.uint64)
         self.is_live = np.ones(len(self.keys), dtype=bool)
+        self.is_validation = np.zeros(len(self.keys), dtype=bool)
+        self._side: bool | None = None
 
     def __len__(self) -> int:
         return len(self.image_of)
@@ -173,15 +176,44 @@ class ImageTable(Sequence[PlacedImage]):
         """How many images there are, those that are not used included."""
         return len(self.keys)
 
+    def set_validation(self, is_validation: np.ndarray, change: Callable[[SubsetSpec], SubsetSpec]) -> None:
+        """Hold images (bool (N,)) out of training; their subsets become what `change` makes of them."""
+        self.is_validation = is_validation & self.is_live
+        held = np.flatnonzero(self.is_validation)
+        self.repeats[held] = np.minimum(self.repeats[held], 1)
+        for number in np.unique(self.subset_of[held]).tolist():
+            self.subset_of[held[self.subset_of[held] == number]] = len(self.subsets)
+            self.subsets.append(change(self.subsets[number]))
+
+    def part(self, *, validation: bool) -> ImageTable:
+        """The images that are held out, or those that are not, with the same rows and numbers.
+
+        The columns are shared: what is dropped from a part is dropped from the whole.
+        """
+        part = copy.copy(self)
+        part._side = validation
+        return part
+
+    @property
+    def num_held_out(self) -> int:
+        """How many images are kept for validation, whatever part this is."""
+        return int((self.is_validation & self.is_live & (self.repeats > 0)).sum())
+
+    @property
+    def is_used(self) -> np.ndarray:
+        """For every image whether it is used, bool (N,)."""
+        used = self.is_live & (self.repeats > 0)
+        return used if self._side is None else used & (self.is_validation == self._side)
+
     @property
     def images(self) -> np.ndarray:
         """The numbers of the images that are used, int64, ascending."""
-        return np.flatnonzero(self.is_live & (self.repeats > 0))
+        return np.flatnonzero(self.is_used)
 
     @property
     def rows(self) -> np.ndarray:
         """The rows of the images that are used, int64, ascending."""
-        return np.flatnonzero((self.is_live & (self.repeats > 0))[self.image_of])
+        return np.flatnonzero(self.is_used[self.image_of])
 
     @property
     def is_reg(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,9 @@ def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
 def _data(cfg: RunConfig, **settings: Any) -> TrainData:
     for notice in cfg.notices:
         log.info(notice)
-    data = build_train_data(dataset_specs(cfg), seed=cfg.loop.seed or 0, **settings)
+    # Every image is cached as if it were trained on: a run with another seed holds out others.
+    specs = [replace(spec, validation_split=0.0) for spec in dataset_specs(cfg)]
+    data = build_train_data(specs, seed=cfg.loop.seed or 0, **settings)
     log.info(data.summary().text())
     return data
 

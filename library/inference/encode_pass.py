@@ -46,7 +46,7 @@ def cache_latents_pass(
         batch_size=cfg.model.vae_batch_size,
         skip_check=cfg.data.skip_cache_check,
     )
-    store, report = build_latents(data.table, make_encoder, options=options, rank=rank, world=world)
+    store, report = build_latents(data.all_images, make_encoder, options=options, rank=rank, world=world)
     data.drop(report.failed)
     return store, report
 
@@ -77,7 +77,9 @@ def cache_text_pass(
         batch_size=cfg.data.text_encoder_batch_size,
         skip_check=cfg.data.skip_cache_check,
     )
-    return build_text(data.table, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world)
+    return build_text(
+        data.all_images, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world
+    )
 
 
 def _place(module: nn.Module, *, device: torch.device | str, dtype: torch.dtype | None) -> None:

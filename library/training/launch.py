@@ -272,6 +272,8 @@ def _say_plan(run: Run, groups: list, length: Schedule, view: View, seconds_per_
     end = end_text(seconds_per_step, length.total_steps - view.progress.global_step, now=datetime.now())
     summary = run.data.summary()
     log.info(summary.text())
+    if summary.held_out:
+        log.info("the images held out for validation are not trained on; no validation loss is computed yet")
     log.info(plan_text(summary, groups, length, batch=batch, precision=precision, end=end))
 
 
@@ -356,6 +358,7 @@ def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
         optimizer=meta.optimizer_text(optimizer, cfg.optim.optimizer_kwargs()),
         num_train_images=summary.num_train_images,
         num_reg_images=summary.num_reg_images,
+        num_validation_images=summary.held_out,
         num_batches_per_epoch=data.batches_per_epoch,
         num_epochs=length.num_epochs,
         max_train_steps=length.total_steps,

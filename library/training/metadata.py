@@ -43,6 +43,8 @@ SAME_NAME = (
     "loss_type",
     "resize_interpolation",
     "prior_loss_weight",
+    "validation_seed",
+    "validation_split",
 )
 
 
@@ -69,8 +71,6 @@ NOT_USED = {
         "huber_schedule": None,
         "huber_scale": None,
         "huber_c": None,
-        "validation_seed": None,
-        "validation_split": 0.0,
         "max_validation_steps": None,
         "validate_every_n_epochs": None,
         "validate_every_n_steps": None,
@@ -88,6 +88,7 @@ class RunDescription:
     optimizer: str
     num_train_images: int
     num_reg_images: int
+    num_validation_images: int
     num_batches_per_epoch: int
     num_epochs: int
     max_train_steps: int
@@ -121,7 +122,7 @@ def network_metadata(
         "ss_optimizer": run.optimizer,
         "ss_num_train_images": run.num_train_images,
         "ss_num_reg_images": run.num_reg_images,
-        "ss_num_validation_images": 0,
+        "ss_num_validation_images": run.num_validation_images,
         "ss_num_batches_per_epoch": run.num_batches_per_epoch,
         "ss_num_epochs": run.num_epochs,
         "ss_max_train_steps": run.max_train_steps,

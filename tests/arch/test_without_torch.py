@@ -10,12 +10,14 @@ from tests.arch import tree
 TORCH_FREE = [
     "library.data.assemble",
     "library.data.captions",
+    "library.data.companions",
     "library.data.records",
     "library.data.report",
     "library.data.sources.folders",
     "library.data.sources.metadata_json",
     "library.data.table",
     "library.data.transforms",
+    "library.data.validation",
     "library.diffusion.crops",
 ]
 

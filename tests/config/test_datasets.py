@@ -25,6 +25,8 @@ VALUES = {
     "bucket_selection": st.sampled_from(["sdscripts", "area"]),
     "bucket_max_crop": st.sampled_from([0.1, 0.25]),
     "bucket_max_upscale": st.sampled_from([1, 1.5]),
+    "validation_split": st.sampled_from([0, 0.1, 1]),
+    "validation_seed": st.integers(0, 9),
     "num_repeats": st.integers(1, 9),
     "caption_extension": st.sampled_from([".txt", ".tags"]),
     "caption_separator": st.sampled_from([",", ";"]),
@@ -384,3 +386,28 @@ def test_a_trainer_without_condition_images_refuses_them(folder, complete):
     assert problem.what == "this run uses no condition images, so conditioning_data_dir cannot act in a"
     assert "set masked_loss" in problem.fix
     make_config("sdxl_train_network", **{**complete, "dataset_config": "data.toml", "masked_loss": True})
+
+
+@pytest.mark.parametrize(
+    ("lines", "what", "line"),
+    [
+        ("is_validation = true", "every subset is held out by is_validation", None),
+        ("is_validation = true\nis_reg = true", "is_reg and is_validation exclude each other", 4),
+        (
+            "[[datasets.subsets]]\nimage_dir='a'\nis_validation = true",
+            "a is trained on and held out by is_validation",
+            1,
+        ),
+        ("is_validation = 1", "is_validation = 1 must be true or false, without quotes", 4),
+        ("validation_split = 0.1", "validation_split cannot stand in subset 1", 4),
+    ],
+)
+def test_held_out_images_that_cannot_be(folder, lines, what, line):
+    ((found, where, _),) = _problems(SUBSET + lines, folder)
+    assert found == what
+    assert line is None or where == f"./data.toml line {line}"
+
+
+def test_a_share_above_1_is_refused(problems_of):
+    (problem,) = problems_of(validation_split=1.5)
+    assert problem.what == "validation_split = 1.5 must be at most 1"

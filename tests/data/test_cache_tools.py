@@ -83,6 +83,20 @@ def test_latents_are_built_kept_and_rebuilt(config, capsys):
     assert run("cache_latents", config, capsys, "--resolution", "96,96") == "built 0, reused 6, stale 1, failed 1"
 
 
+def test_a_share_for_validation_is_cached_like_the_rest(config, capsys):
+    """A training run with another seed holds out other images and needs their mirror images."""
+    flags = ["--flip_aug", "--validation_split", "0.5"]
+    assert run("cache_latents", config, capsys, *flags) == "built 7, reused 0, stale 0, failed 0"
+    assert run("cache_latents", config, capsys, "--flip_aug") == "built 0, reused 7, stale 0, failed 0"
+
+
+def test_masks_are_cached_by_the_tool(config, capsys):
+    assert run("cache_latents", config, capsys) == "built 7, reused 0, stale 0, failed 0"
+    assert run("cache_latents", config, capsys, "--alpha_mask") == "built 7, reused 0, stale 7, failed 0"
+    assert run("cache_latents", config, capsys, "--alpha_mask") == "built 0, reused 7, stale 0, failed 0"
+    assert run("cache_latents", config, capsys) == "built 0, reused 7, stale 0, failed 0"
+
+
 def test_captions_are_built_kept_and_rebuilt(config, capsys):
     assert run(TEXT, config, capsys) == "built 7, reused 0, stale 0, failed 0"
     assert run(TEXT, config, capsys) == "built 0, reused 7, stale 0, failed 0"

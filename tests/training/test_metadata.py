@@ -90,6 +90,7 @@ def _metadata(tmp_path, **options):
         optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
         num_train_images=3,
         num_reg_images=0,
+        num_validation_images=0,
         num_batches_per_epoch=2,
         num_epochs=4,
         max_train_steps=8,
