@@ -120,12 +120,23 @@ class DataOptions(Group):
     dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
     train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
     cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)
-    cache_latents_to_disk: bool = option(False, "keep the latents in npz files next to the images", acts=IMAGES)
+    cache_latents_to_disk: bool = option(False, "keep the latents on disk (see cache_store and cache_dir)", acts=IMAGES)
     cache_text_encoder_outputs: bool = option(
         False, "encode all captions once before training; the text encoders are then not trained", acts=CAPTIONS
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        False, "keep the encoded captions in npz files next to the images", acts=CAPTIONS
+        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=CAPTIONS
+    )
+    cache_store: str = option(
+        "npz",
+        "how a cache on disk is kept: one `npz` file per image, as sd-scripts has it, or `packed` in a few large files",
+        choices=["npz", "packed"],
+    )
+    cache_dir: str | None = option(
+        None,
+        "folder for the caches on disk (unset: npz files next to the images; a packed cache in .sdxl_cache, in "
+        "train_data_dir or next to the dataset_config or in_json file)",
+        path=True,
     )
     text_encoder_batch_size: int = option(8, "captions that are encoded at once for a cache", ge=1, acts=CAPTIONS)
     skip_cache_check: bool = option(False, "trust existing cache files without opening them")

@@ -106,7 +106,8 @@ class _Reader:
             self.problems.append(missing)
             return []
         subsets = []
-        for folder in sorted(path for path in Path(name).iterdir() if path.is_dir()):
+        found = (path for path in Path(name).iterdir() if path.is_dir() and not path.name.startswith("."))
+        for folder in sorted(found):
             repeats, class_tokens = folder_name(folder.name)
             if repeats is None:
                 self.notices.append(f"{folder} is ignored: its name does not start with a number of repeats and _")

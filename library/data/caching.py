@@ -151,6 +151,11 @@ def exchange(mine: T) -> list[T]:
     return everything
 
 
+def agreed(mine: T) -> T:
+    """What the first rank brought."""
+    return exchange(mine)[0]
+
+
 def chunked(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive pieces of at most `size` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]

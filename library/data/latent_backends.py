@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from library.data.cache_index import CacheIndex
-from library.data.caching import Targets, entry_paths, inspect_all
+from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace, require_writable
+from library.data.caching import Targets, entry_paths, inspect_all, usable
 from library.data.records import PlacedImage
 from library.data.stores import Entries, small_mask
 from library.data.table import ImageTable
@@ -27,6 +28,9 @@ class LatentBackend(Protocol):
 
     def place(self, number: int) -> str:
         """Where an entry lies, in words for the log."""
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Called before entries are made, with their numbers; raises UserError when they could not be kept."""
 
     def put(self, number: int, entry: LatentEntry) -> None:
         """Keep an entry. Called from one thread at a time."""
@@ -54,6 +58,9 @@ class MemoryLatents:
     def place(self, number: int) -> str:
         """No entry has a place of its own."""
         return "memory"
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """There is nothing to prepare."""
 
     def put(self, number: int, entry: LatentEntry) -> None:
         """Keep an entry."""
@@ -99,7 +106,10 @@ class NpzEntries:
 
 
 class NpzLatents:
-    """Keeps every entry in a file of sd-scripts' format. `vae_id` names the weights; `skip_check` trusts old files."""
+    """Keeps every entry in a file of sd-scripts' format. `vae_id` names the weights; `skip_check` trusts old files.
+
+    New files go where `place` says; one beside the image that is right is used all the same.
+    """
 
     def __init__(
         self,
@@ -110,27 +120,39 @@ class NpzLatents:
         has_mask: np.ndarray,
         vae_id: str,
         skip_check: bool,
+        place: CachePlace = BESIDE_THE_IMAGES,
     ) -> None:
         self._table, self._targets, self._has_mask = table, targets, has_mask
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
-        self._paths = entry_paths(
-            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images],
-            [latent_identity(image) for image in images],
+        identities = [latent_identity(image) for image in images]
+        self._paths = self._beside = entry_paths(
+            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images], identities
         )
+        if place.folder is not None:
+            names = [latent_cache.standard_name(image.record.path, image.record.size) for image in images]
+            beside = [Path(image.record.path).with_name(name) for image, name in zip(images, names, strict=True)]
+            self._paths = entry_paths(list(map(place.npz_path, beside)), identities)
         self._index = CacheIndex()
-        self._foreign: set[int] = set()
+        self._unindexed: set[int] = set()
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Ask the folders' indexes first, and open the files that they do not know."""
-        self._index.load({path.parent for path in self._paths})
+        self._index.load({path.parent for path in (*self._paths, *self._beside)})
         checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking latents")
-        self._foreign = {number for number, check in enumerate(checks) if check.status == "foreign"}
+        self._unindexed = {n for n, check in enumerate(checks) if check.status == "foreign" or check.found_at}
+        for number, check in enumerate(checks):
+            if check.found_at:
+                self._paths[number] = Path(check.found_at)
         return checks
 
     def place(self, number: int) -> str:
         """Its file."""
         return str(self._paths[number])
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Find out whether the folders can be written to."""
+        require_writable({self._paths[number].parent for number in numbers})
 
     def put(self, number: int, entry: LatentEntry) -> None:
         """Write its file."""
@@ -142,7 +164,7 @@ class NpzLatents:
     def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> NpzEntries:
         """The files; the first rank notes in the folders' indexes which are right."""
         if rank == 0 and not self._skip_check:
-            for number in set(right) - self._foreign:
+            for number in set(right) - self._unindexed:
                 if (expected := self._expected(number)) is not None:
                     self._index.add(self._paths[number], expected, contents=self._contents(number))
             self._index.save()
@@ -162,7 +184,14 @@ class NpzLatents:
             return None
 
     def _inspect(self, number: int) -> CacheCheck:
-        path = self._paths[number]
+        check = self._inspect_file(number, self._paths[number])
+        if usable(check) or self._beside is self._paths:
+            return check
+        beside = self._beside[number]
+        found = self._inspect_file(number, beside)
+        return found._replace(found_at=str(beside)) if usable(found) else check
+
+    def _inspect_file(self, number: int, path: Path) -> CacheCheck:
         if self._skip_check:
             return CacheCheck("valid" if path.exists() else "missing")
         expected = self._expected(number)

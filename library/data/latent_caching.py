@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace
 from library.data.caching import CacheReport, Targets, chunked, exchange, group_targets, stale_entries, usable
 from library.data.latent_backends import CELL, LatentBackend, MemoryLatents, NpzLatents
+from library.data.packed_latents import PackedLatents
 from library.data.pixels import to_mask, to_pixels
 from library.data.progress import progress_bar
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
@@ -33,12 +35,16 @@ LatentEncoder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class LatentCacheOptions:
-    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files."""
+    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files.
+
+    `place` is where entries on disk lie.
+    """
 
     vae_id: str
     to_disk: bool = False
     batch_size: int = 1
     skip_check: bool = False
+    place: CachePlace = BESIDE_THE_IMAGES
 
 
 class Decoded(NamedTuple):
@@ -75,6 +81,7 @@ def build_latents(
     assert not any(subset.random_crop for subset in table.subsets), "a cached image has one crop"
     work = _Pass(table, options)
     checks = work.backend.look(rank=rank, world=world)
+    work.backend.prepare([number for number, check in enumerate(checks) if not usable(check)])
     chunks = _chunks(work, checks, options.batch_size)
     parts = exchange(_build(work, chunks, encode, rank=rank, world=world))
     report = CacheReport(stale=stale_entries(work.backend.place, checks))
@@ -98,16 +105,20 @@ class _Pass:
         flips = flips[table.subset_of[table.image_of[rows]]]
         self.needs_flip[self.targets.number_of[rows[flips]]] = True
         self.has_mask = mask_ids(table)[self.targets.first] != 0
-        self.backend: LatentBackend = MemoryLatents(self.targets)
-        if options.to_disk:
-            self.backend = NpzLatents(
-                table,
-                self.targets,
-                needs_flip=self.needs_flip,
-                has_mask=self.has_mask,
-                vae_id=options.vae_id,
-                skip_check=options.skip_check,
-            )
+        self.backend = self._backend(options)
+
+    def _backend(self, options: LatentCacheOptions) -> LatentBackend:
+        if not options.to_disk:
+            return MemoryLatents(self.targets)
+        facts: dict[str, Any] = {
+            "needs_flip": self.needs_flip,
+            "has_mask": self.has_mask,
+            "vae_id": options.vae_id,
+            "skip_check": options.skip_check,
+        }
+        if options.place.store == "packed":
+            return PackedLatents(self.table, self.targets, folder=options.place.latents, **facts)
+        return NpzLatents(self.table, self.targets, place=options.place, **facts)
 
     def image(self, number: int) -> PlacedImage:
         """The image that stands for an entry."""

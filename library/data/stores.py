@@ -35,7 +35,9 @@ class Entries(Protocol[Entry]):
 
 
 class CachedLatents(NamedTuple):
-    """What a cache holds of a sample, float32: latents as the VAE gave them (not scaled), and the loss mask.
+    """What a cache holds of a sample: latents as the VAE gave them (not scaled), and the loss mask, float32.
+
+    Latents are float32, or float16 from a packed cache, which holds no more; the training step widens them.
 
     `moments_8hw` takes the place of a fixed latent where the cache has it: the posterior's mean and log-variance.
     """
@@ -85,7 +87,10 @@ class TextStore:
         self.empty = empty
 
     def get(self, image: int, *, empty: bool = False) -> TextCond:
-        """The float32 row of an image, or that of the empty caption. Raises UserError when a file cannot be read."""
+        """The row of an image, or that of the empty caption: float32, or float16 from a packed cache.
+
+        Raises UserError when a file cannot be read.
+        """
         return self.empty if empty else self._entries.read(int(self._targets.number_of[image]))
 
     def has(self, images: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from library.data.cache_index import CacheIndex
-from library.data.caching import entry_paths, inspect_all
+from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace, require_writable
+from library.data.caching import entry_paths, inspect_all, usable
 from library.data.stores import Entries, text_row
 from library.diffusion.conditioning import TextCond
 from library.io import fingerprint, text_cache
@@ -22,7 +23,8 @@ from library.io.text_cache import TextEntry
 class TextCacheOptions:
     """How to cache: `batch_size` captions per call; `width_1` is the first encoder's share of the text width.
 
-    The rest says what an entry depends on besides its caption; `skip_check` trusts old files.
+    The rest says what an entry depends on besides its caption; `skip_check` trusts old files; `place` is where entries
+    on disk lie.
     """
 
     text_encoder_id: str
@@ -32,6 +34,7 @@ class TextCacheOptions:
     to_disk: bool = False
     batch_size: int = 8
     skip_check: bool = False
+    place: CachePlace = BESIDE_THE_IMAGES
 
 
 class TextBackend(Protocol):
@@ -42,6 +45,9 @@ class TextBackend(Protocol):
 
     def place(self, number: int) -> str:
         """Where an entry lies, in words for the log."""
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Called before entries are made, with their numbers; raises UserError when they could not be kept."""
 
     def put(self, number: int, row: TextCond) -> None:
         """Keep an entry, a batch of 1 on the CPU."""
@@ -69,6 +75,9 @@ class MemoryText:
     def place(self, number: int) -> str:
         """No entry has a place of its own."""
         return "memory"
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """There is nothing to prepare."""
 
     def put(self, number: int, row: TextCond) -> None:
         """Keep an entry."""
@@ -117,20 +126,30 @@ class NpzText:
 
     def __init__(self, image_paths: Sequence[str], captions: Sequence[str], options: TextCacheOptions) -> None:
         self._captions, self._options = captions, options
-        self._paths = entry_paths(list(map(text_cache.text_cache_path, image_paths)), captions)
+        standard = list(map(text_cache.text_cache_path, image_paths))
+        self._paths = self._beside = entry_paths(standard, captions)
+        if options.place.folder is not None:
+            self._paths = entry_paths(list(map(options.place.npz_path, standard)), captions)
         self._index = CacheIndex()
-        self._foreign: set[int] = set()
+        self._unindexed: set[int] = set()
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Ask the folders' indexes first, and open the files that they do not know."""
-        self._index.load({path.parent for path in self._paths})
+        self._index.load({path.parent for path in (*self._paths, *self._beside)})
         checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking captions")
-        self._foreign = {number for number, check in enumerate(checks) if check.status == "foreign"}
+        self._unindexed = {n for n, check in enumerate(checks) if check.status == "foreign" or check.found_at}
+        for number, check in enumerate(checks):
+            if check.found_at:
+                self._paths[number] = Path(check.found_at)
         return checks
 
     def place(self, number: int) -> str:
         """Its file."""
         return str(self._paths[number])
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Find out whether the folders can be written to."""
+        require_writable({self._paths[number].parent for number in numbers})
 
     def put(self, number: int, row: TextCond) -> None:
         """Write its file."""
@@ -144,13 +163,20 @@ class NpzText:
     def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> NpzTextEntries:
         """The files; the first rank notes in the folders' indexes which are right."""
         if rank == 0 and not self._options.skip_check:
-            for number in set(right) - self._foreign:
+            for number in set(right) - self._unindexed:
                 self._index.add(self._paths[number], self._fingerprint(number))
             self._index.save()
         return NpzTextEntries(self._paths, right)
 
     def _inspect(self, number: int) -> CacheCheck:
-        path = self._paths[number]
+        check = self._inspect_file(number, self._paths[number])
+        if usable(check) or self._beside is self._paths:
+            return check
+        beside = self._beside[number]
+        found = self._inspect_file(number, beside)
+        return found._replace(found_at=str(beside)) if usable(found) else check
+
+    def _inspect_file(self, number: int, path: Path) -> CacheCheck:
         if self._options.skip_check:
             return CacheCheck("valid" if path.exists() else "missing")
         expected = self._fingerprint(number)

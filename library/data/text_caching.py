@@ -14,6 +14,7 @@ import torch
 
 from library.data.caching import CacheReport, Targets, chunked, exchange, group_targets, stale_entries, usable
 from library.data.captions import fixed_caption, has_one_wording
+from library.data.packed_text import PackedText, caption_id
 from library.data.progress import progress_bar
 from library.data.stores import TextStore
 from library.data.table import ImageTable, text_id
@@ -41,19 +42,21 @@ def build_text(
 ) -> tuple[TextStore, CacheReport]:
     """Make the encoded captions of the images in use available to every rank and say what had to be done.
 
-    Equal captions are encoded once. The report counts entries: one per image file on disk, one per distinct caption
-    in memory. Every subset must have one wording.
+    Equal captions are encoded once. The report counts entries: one per image file in npz files, one per distinct
+    caption in memory and in a packed cache. Every subset must have one wording.
     """
     assert all(has_one_wording(subset) for subset in table.subsets), "a cached caption has one wording"
     captions = _captions(table)
-    targets = _targets(table, captions, to_disk=options.to_disk)
+    by_file = options.to_disk and options.place.store == "npz"
+    targets = _targets(table, captions, by_file=by_file)
     wordings = [captions[image] for image in targets.first.tolist()]
-    backend: TextBackend = MemoryText(len(targets))
-    if options.to_disk:
-        paths = [table.paths.text(image) for image in targets.first.tolist()]
-        backend = NpzText(paths, wordings, options)
+    backend = _backend(table, targets, wordings, options)
     checks = backend.look(rank=rank, world=world)
-    store_empty = encode([""]).to("cpu", torch.float32)
+    backend.prepare([number for number, check in enumerate(checks) if not usable(check)])
+    if isinstance(backend, PackedText):
+        store_empty = backend.empty(encode, rank=rank)
+    else:
+        store_empty = encode([""]).to("cpu", torch.float32)
     waiting: dict[str, list[int]] = {}
     for number, check in enumerate(checks):
         if not usable(check):
@@ -66,6 +69,19 @@ def build_text(
     return TextStore(targets, entries, empty=store_empty), report
 
 
+def _backend(table: ImageTable, targets: Targets, wordings: Sequence[str], options: TextCacheOptions) -> TextBackend:
+    if not options.to_disk:
+        return MemoryText(len(targets))
+    if options.place.store == "npz":
+        return NpzText([table.paths.text(image) for image in targets.first.tolist()], wordings, options)
+    ids = (
+        caption_id(caption, max_token_length=options.max_token_length, weighted=options.weighted)
+        for caption in wordings
+    )
+    place = options.place.text
+    return PackedText(np.fromiter(ids, np.uint64, len(wordings)), wordings.__getitem__, options, folder=place)
+
+
 def _captions(table: ImageTable) -> dict[int, str]:
     """The caption that is encoded for every image in use; equal ones are one object."""
     shared: dict[str, str] = {}
@@ -76,11 +92,11 @@ def _captions(table: ImageTable) -> dict[int, str]:
     return captions
 
 
-def _targets(table: ImageTable, captions: Mapping[int, str], *, to_disk: bool) -> Targets:
-    """One entry per caption, or on disk per image file and caption."""
+def _targets(table: ImageTable, captions: Mapping[int, str], *, by_file: bool) -> Targets:
+    """One entry per caption, or per image file and caption."""
     images = table.images
     ids = np.fromiter((text_id(captions[image]) for image in images.tolist()), np.uint64, len(images))
-    columns = (ids, table.path_ids[images]) if to_disk else (ids,)
+    columns = (ids, table.path_ids[images]) if by_file else (ids,)
     return group_targets(images, columns, total=table.num_images)
 
 

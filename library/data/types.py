@@ -28,7 +28,8 @@ class Batch:
 
     The first `num_real` rows are samples; rows after them are padding (copies of a real row) with weight 0, which
     give every rank the same number of rows. `sizes_B6` is float32: original h, w, crop top, left, target h, w, in
-    pixels. `pixels_B3HW` is float32 in [-1, 1]; `latents_B4hw` is the unscaled output of the VAE. `failures` lists
+    pixels. `pixels_B3HW` is float32 in [-1, 1]; `latents_B4hw` is the unscaled output of the VAE; it and
+    `text` may be float16 when they come from a packed cache. `failures` lists
     images that could not be read for this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1],
     the weight of every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
     """

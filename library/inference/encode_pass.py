@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.config.run_config import RunConfig
+from library.data.cache_places import cache_place
 from library.data.caching import CacheReport
 from library.data.dataset import TrainData
 from library.data.latent_caching import LatentCacheOptions, LatentEncoder, build_latents
@@ -45,6 +46,7 @@ def cache_latents_pass(
         to_disk=cfg.data.cache_latents_to_disk,
         batch_size=cfg.model.vae_batch_size,
         skip_check=cfg.data.skip_cache_check,
+        place=cache_place(cfg),
     )
     store, report = build_latents(data.all_images, make_encoder, options=options, rank=rank, world=world)
     data.drop(report.failed)
@@ -76,6 +78,7 @@ def cache_text_pass(
         to_disk=cfg.data.cache_text_encoder_outputs_to_disk,
         batch_size=cfg.data.text_encoder_batch_size,
         skip_check=cfg.data.skip_cache_check,
+        place=cache_place(cfg),
     )
     return build_text(
         data.all_images, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world

@@ -145,6 +145,10 @@ class PackedStore:
         of_shard = np.array([shard.recipe for shard in self.shards], dtype=np.int32)
         return of_shard[self.column("shard", positions)]
 
+    def layouts(self, positions: np.ndarray) -> tuple[list[Layout], np.ndarray]:
+        """The layouts of the store, and which of them each entry has (int64): shapes are known without reading."""
+        return list(self._layouts), self.column("layout", positions).astype(np.int64)
+
     def sizes(self, positions: np.ndarray) -> np.ndarray:
         """Bytes that the entries take in their shards (int64)."""
         bodies = np.array([layout.nbytes for layout in self._layouts], dtype=np.int64)

@@ -103,6 +103,6 @@ class TrainStep(nn.Module):
 
     def _text(self, batch: Batch) -> TextCond:
         if batch.text is not None:
-            return batch.text
+            return batch.text.to(dtype=torch.float32)  # caches hold float16; widening changes no value
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trainable.trains & {"te1", "te2"})):
             return sdxl.encode_text(self.text_encoder_1, self.text_encoder_2, batch.tokens)

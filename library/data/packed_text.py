@@ -1,0 +1,196 @@
+"""Encoded captions in a packed cache: `text/` of the cache folder. See docs/packed_store.md.
+
+An entry is found by its caption and the way it is encoded, so that equal captions are kept once; its shard's recipe
+names the text encoders. The empty caption, which caption dropout needs, is an entry like the others: a complete cache
+needs no text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from library.data.cache_places import require_writable
+from library.data.caching import agreed
+from library.data.packed_entries import as_tensor, narrowed
+from library.data.table import text_id
+from library.data.text_backends import TextCacheOptions
+from library.diffusion.conditioning import TextCond
+from library.errors import UserError
+from library.io.latent_cache import CacheCheck
+from library.io.packed_record import Layout
+from library.io.packed_store import PackedStore
+from library.io.packed_writer import PackedWriter
+
+VERSION = 1
+"""Raised when the meaning of an entry changes, so that older ones are built again."""
+
+KEYS = ("hidden_state1", "hidden_state2", "pool2")
+
+
+def caption_id(caption: str, *, max_token_length: int, weighted: bool) -> int:
+    """64 bits that stand for an encoded caption, whichever encoders made it."""
+    return text_id(f"{caption}\0{max_token_length}\0{int(weighted)}")
+
+
+def recipe(text_encoder_id: str | None) -> str:
+    """What all entries of a shard have in common; None stands for encoders that nobody noted."""
+    return json.dumps({"version": VERSION, "text_encoder": text_encoder_id}, separators=(",", ":"))
+
+
+def encoder_of(recipe_text: str) -> str | None:
+    """The text encoders of a recipe. Raises ValueError for a recipe of another version."""
+    content = json.loads(recipe_text)
+    if content["version"] != VERSION:
+        raise ValueError(f"version {content['version']}")
+    return content["text_encoder"]
+
+
+class PackedTextEntries:
+    """Entries in a packed store; `positions` are theirs by number, -1 for those that are not there."""
+
+    in_memory = False
+
+    def __init__(self, store: PackedStore, positions: np.ndarray) -> None:
+        self._store, self._positions = store, positions
+
+    def read(self, number: int, variant: int = 0) -> TextCond:
+        """One entry, a batch of 1 in the dtype it is stored in."""
+        position = int(self._positions[number])
+        if position < 0:
+            raise KeyError(f"entry {number} is not in the cache")
+        return row_of(self._store.read(position))
+
+    def has(self, numbers: np.ndarray) -> np.ndarray:
+        """Which of them are there."""
+        return self._positions[numbers] >= 0
+
+
+def row_of(arrays: dict[str, np.ndarray]) -> TextCond:
+    """The arrays of a record as a batch of 1; raises KeyError when one is missing."""
+    first, second, pooled = (as_tensor(arrays[key]) for key in KEYS)
+    return TextCond(torch.cat([first, second], dim=-1)[None], pooled[None])
+
+
+def arrays_of(row: TextCond, *, width_1: int) -> dict[str, np.ndarray]:
+    """What is stored of a batch of 1: float16, or float32 for an entry that goes beyond it."""
+    hidden_TD = row.hidden_BTD[0]
+    parts = (hidden_TD[:, :width_1], hidden_TD[:, width_1:], row.pooled_BP[0])
+    return narrowed(dict(zip(KEYS, parts, strict=True)))
+
+
+class PackedText:
+    """Keeps entries in a packed store. `ids` are the `caption_id`s of the pass's entries, `text_of` their captions.
+
+    `options.text_encoder_id` "" stands for any encoders.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, text_of: Callable[[int], str], options: TextCacheOptions, *, folder: Path
+    ) -> None:
+        self.ids, self._text_of, self._options, self._folder = ids, text_of, options, folder
+        empty = caption_id("", max_token_length=options.max_token_length, weighted=options.weighted)
+        self._empty_id = np.array([empty], dtype=np.uint64)
+        self.store = PackedStore.open(folder)
+        self._writer = PackedWriter(folder, recipe=recipe(options.text_encoder_id))
+
+    def look(self, *, rank: int, world: int) -> list[CacheCheck]:
+        """Look up all ids at once."""
+        codes = agreed(self._judge(self.ids) if rank == 0 else None)
+        assert codes is not None
+        return [_CHECKS[code] for code in codes.tolist()]
+
+    def place(self, number: int) -> str:
+        """The store, and the caption."""
+        return f"{self._folder}: {self._text_of(number)}"
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Find out whether the folder can be written to."""
+        if numbers:
+            require_writable([self._folder])
+
+    def put(self, number: int, row: TextCond) -> None:
+        """Append it to this process's shard."""
+        arrays = arrays_of(row, width_1=self._options.width_1)
+        self._writer.append(int(self.ids[number]), arrays, key=self._text_of(number))
+
+    def share(self) -> None:
+        """Flush what was put; the others find the shards by themselves."""
+        self._writer.close()
+
+    def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> PackedTextEntries:
+        """All entries that are right. Raises UserError when a run with other encoders has replaced some meanwhile."""
+        self.store.refresh()
+        if rank == 0:
+            self.store.save_index()
+        numbers = np.array(right, dtype=np.int64)
+        positions = np.full(len(self.ids), -1, dtype=np.int64)
+        positions[numbers] = self.store.find(self.ids[numbers])
+        if not np.isin(self._judge(self.ids[numbers]), (_VALID, _FOREIGN)).all():
+            raise UserError(
+                "another run changed entries of this cache while it was being built",
+                str(self._folder),
+                "let only one run build a cache at a time, or give a run with other encoders its own --cache_dir",
+            )
+        return PackedTextEntries(self.store, positions)
+
+    def empty(self, encode: Callable[[list[str]], TextCond], *, rank: int) -> TextCond:
+        """The encoding of the empty caption as it is kept, made when it is not there; every rank asks for it."""
+        is_there = agreed(int(self._judge(self._empty_id)[0]) in (_VALID, _FOREIGN))
+        position = int(self.store.find(self._empty_id)[0])
+        if is_there and position >= 0:
+            row = row_of(self.store.read(position))
+            return TextCond(row.hidden_BTD, row.pooled_BP.clone())
+        arrays = arrays_of(encode([""]).to("cpu"), width_1=self._options.width_1)
+        if rank == 0:
+            require_writable([self._folder])
+            self._writer.append(int(self._empty_id[0]), arrays)
+            self._writer.close()
+        return row_of(arrays)
+
+    def _judge(self, ids: np.ndarray) -> np.ndarray:
+        """The code of every entry, a number in the list of checks (int64)."""
+        codes = np.full(len(ids), _MISSING, dtype=np.int64)
+        positions = self.store.find(ids)
+        there = np.flatnonzero(positions >= 0)
+        if not len(there):
+            return codes
+        layouts, which = self.store.layouts(positions[there])
+        num_tokens = self._options.max_token_length + 2
+        fits = np.array([_fits(layout, num_tokens) for layout in layouts], dtype=bool)[which]
+        of_recipe = np.array([self._recipe_code(text) for text in self.store.recipes], dtype=np.int64)
+        codes[there] = np.where(fits, of_recipe[self.store.recipe_of(positions[there])], _TOO_LONG)
+        return codes
+
+    def _recipe_code(self, text: str) -> int:
+        try:
+            encoder = encoder_of(text)
+        except (ValueError, KeyError, TypeError):
+            return _OTHER_VERSION
+        if encoder is None:
+            return _FOREIGN
+        is_right = self._options.skip_check or encoder == self._options.text_encoder_id
+        return _VALID if is_right or not self._options.text_encoder_id else _OTHER_ENCODER
+
+
+_CHECKS = (
+    CacheCheck("missing"),
+    CacheCheck("valid"),
+    CacheCheck("foreign"),
+    CacheCheck("stale", ("text encoder changed",)),
+    CacheCheck("stale", ("format version changed",)),
+    CacheCheck("stale", ("max token length changed",)),
+)
+_MISSING, _VALID, _FOREIGN, _OTHER_ENCODER, _OTHER_VERSION, _TOO_LONG = range(len(_CHECKS))
+
+
+def _fits(layout: Layout, num_tokens: int) -> bool:
+    """Whether entries of this layout are encoded captions of `num_tokens` positions."""
+    if not set(KEYS) <= layout.fields.keys():
+        return False
+    first, second, pooled = (layout.fields[key].shape for key in KEYS)
+    return first[:1] == second[:1] == (num_tokens,) and (len(first), len(second), len(pooled)) == (2, 2, 1)
