@@ -134,8 +134,8 @@ class DataOptions(Group):
     )
     cache_dir: str | None = option(
         None,
-        "folder for the caches on disk (unset: npz files next to the images; a packed cache in .sdxl_cache, in "
-        "train_data_dir or next to the dataset_config or in_json file)",
+        "folder for the caches on disk and the indexes of the image folders (unset: npz files and indexes next to the "
+        "images; a packed cache in .sdxl_cache, in train_data_dir or next to the dataset_config or in_json file)",
         path=True,
     )
     text_encoder_batch_size: int = option(8, "captions that are encoded at once for a cache", ge=1, acts=CAPTIONS)

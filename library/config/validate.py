@@ -106,17 +106,17 @@ def cached_text_is_not_trained(cfg: RunConfig) -> list[Problem]:
     )
 
 
-@rule("cache_store", "cache_dir", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", runs=TRAINER)
+@rule("cache_store", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")
 def caches_are_on_disk(cfg: RunConfig) -> list[Problem]:
-    """How and where caches lie on disk matters when there is one."""
-    if cfg.data.cache_latents_to_disk or cfg.data.cache_text_encoder_outputs_to_disk:
+    """How caches are kept on disk matters when there is one."""
+    if cfg.data.cache_store == "npz" or cfg.data.cache_latents_to_disk or cfg.data.cache_text_encoder_outputs_to_disk:
         return []
-    names = [name for name in ("cache_store", "cache_dir") if cfg.get(name) not in ("npz", None)]
-    if not names:
-        return []
-    what = f"{' and '.join(names)} cannot act: nothing is cached on disk"
-    fix = "set cache_latents_to_disk or cache_text_encoder_outputs_to_disk"
-    return conflict(cfg, what, *names, fix=fix)
+    return conflict(
+        cfg,
+        "cache_store cannot act: nothing is cached on disk",
+        "cache_store",
+        fix="set cache_latents_to_disk or cache_text_encoder_outputs_to_disk",
+    )
 
 
 # --- diffusion -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -37,11 +38,14 @@ def policy_of(spec: DatasetSpec) -> BucketPolicy:
     )
 
 
-def assemble(specs: Sequence[DatasetSpec], *, seed: int = 0) -> tuple[ImageTable, ScanReport]:
+def assemble(
+    specs: Sequence[DatasetSpec], *, seed: int = 0, cache_dir: Path | None = None
+) -> tuple[ImageTable, ScanReport]:
     """Every usable image of every data set, in the order of the descriptions, and what was left out.
 
     Images for validation are marked (`seed` chooses those of a `validation_split` without a seed of its own).
-    Within a data set the regularisation images come last, with the repeats that `balance` gives them.
+    Within a data set the regularisation images come last, with the repeats that `balance` gives them. Indexes of the
+    image folders lie below `cache_dir`, or each in its folder.
     """
     if not any(spec.subsets for spec in specs):
         raise UserError(
@@ -50,19 +54,21 @@ def assemble(specs: Sequence[DatasetSpec], *, seed: int = 0) -> tuple[ImageTable
     for spec in specs:
         _check_resolution(spec)
     report = ScanReport()
-    table = ImageTable(_place_all(specs, report))
+    table = ImageTable(_place_all(specs, report, cache_dir))
     hold_out(table, specs, seed=seed, report=report)
     balance_reg(table)
     return table, report
 
 
-def _place_all(specs: Sequence[DatasetSpec], report: ScanReport) -> Iterator[PlacedImage]:
+def _place_all(specs: Sequence[DatasetSpec], report: ScanReport, cache_dir: Path | None) -> Iterator[PlacedImage]:
     seen: Counter[str] = Counter()
     for index, spec in enumerate(specs):
         policy = policy_of(spec)
         for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
             source = load_plugin("library.data.sources", subset.source)
-            for record in add_companions(subset, source.scan(subset, report=report), report=report):
+            for record in add_companions(
+                subset, source.scan(subset, report=report, cache_dir=cache_dir), report=report
+            ):
                 try:
                     placement = policy.place(record.size)
                 except UnplaceableImage as reason:

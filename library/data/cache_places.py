@@ -59,17 +59,21 @@ def cache_place(cfg: RunConfig) -> CachePlace:
     A packed cache without --cache_dir lies in `.sdxl_cache`: beside the dataset_config, else in train_data_dir, else
     beside the in_json file (of several the one that names the data).
     """
-    folder = Path(os.path.abspath(cfg.data.cache_dir)) if cfg.data.cache_dir else None
     if cfg.data.cache_store == "packed":
-        return CachePlace("packed", folder or packed_folder(cfg))
-    return CachePlace("npz", folder)
+        return CachePlace("packed", packed_folder(cfg))
+    return CachePlace("npz", index_folder(cfg))
+
+
+def index_folder(cfg: RunConfig) -> Path | None:
+    """Below which the indexes of the image folders lie; None when each lies in its folder."""
+    return Path(os.path.abspath(cfg.data.cache_dir)) if cfg.data.cache_dir else None
 
 
 def packed_folder(cfg: RunConfig) -> Path:
     """The folder of a packed cache: --cache_dir, or the one that goes with the data set."""
-    data = cfg.data
-    if data.cache_dir:
-        return Path(os.path.abspath(data.cache_dir))
+    data, chosen = cfg.data, index_folder(cfg)
+    if chosen is not None:
+        return chosen
     if data.train_data_dir and not data.dataset_config:
         return Path(os.path.abspath(data.train_data_dir)) / FOLDER_NAME
     named = data.dataset_config or data.in_json
@@ -80,7 +84,7 @@ def packed_folder(cfg: RunConfig) -> Path:
 def mirrored(folder: Path, cache_dir: Path) -> Path:
     """The folder in `cache_dir` for entries of the images in `folder`: its name, and 8 hex digits of its whole path."""
     whole = os.path.abspath(folder)
-    digest = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(whole), digest_size=4).hexdigest()
     return cache_dir / f"{os.path.basename(whole)}-{digest}"
 
 

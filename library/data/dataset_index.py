@@ -9,7 +9,6 @@ nothing else. The format is described in docs/formats.md.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import PIL
 
+from library.data.cache_places import mirrored
 from library.data.folder_listing import GONE
 from library.errors import UserError
 from library.io.atomic import atomic_path
@@ -151,9 +151,7 @@ def index_path(folder: Path, *, cache_dir: Path | None = None) -> Path:
     """Where the index of an image folder lies."""
     if cache_dir is None:
         return folder / FILE_NAME
-    absolute = os.path.abspath(folder)
-    digest = hashlib.blake2b(os.fsencode(absolute), digest_size=4).hexdigest()
-    return cache_dir / f"{os.path.basename(absolute)}-{digest}" / FILE_NAME
+    return mirrored(folder, cache_dir) / FILE_NAME
 
 
 def _nothing() -> dict[str, Table]:

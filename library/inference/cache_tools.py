@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from library.config.dataset_file import dataset_specs
 from library.config.run_config import RunConfig
+from library.data.cache_places import index_folder
 from library.data.caching import CacheReport
 from library.data.dataset import TrainData, build_train_data
 from library.inference import encode_pass
@@ -69,7 +70,7 @@ def _data(cfg: RunConfig, **settings: Any) -> TrainData:
         log.info(notice)
     # Every image is cached as if it were trained on: a run with another seed holds out others.
     specs = [replace(spec, validation_split=0.0) for spec in dataset_specs(cfg)]
-    data = build_train_data(specs, seed=cfg.loop.seed or 0, **settings)
+    data = build_train_data(specs, seed=cfg.loop.seed or 0, cache_dir=index_folder(cfg), **settings)
     log.info(data.summary().text())
     return data
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from library.config.dataset_file import dataset_specs
+from library.data.cache_places import index_folder
 from library.data.dataset import TrainData, build_train_data
 from library.errors import UserError
 from library.inference import encode_pass
@@ -134,6 +135,7 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
         num_workers=cfg.data.max_data_loader_n_workers,
         persistent_workers=cfg.data.persistent_data_loader_workers,
         legacy_crop=cfg.data.legacy_crop_conditioning,
+        cache_dir=index_folder(cfg),
     )
     dtype = weight_dtype(cfg.loop.mixed_precision)
     # One process of a machine reads the file first: the others then find it in the page cache.

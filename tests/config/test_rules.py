@@ -12,7 +12,6 @@ TRAINER_CASES = [
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs": True}, "needs network_train_unet_only"),
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs_to_disk": True}, "needs network_train_unet_only"),
     ("caches_are_on_disk", {"cache_store": "packed"}, "cache_store cannot act: nothing is cached on disk"),
-    ("caches_are_on_disk", {"cache_dir": "here", "cache_latents": True}, "cache_dir cannot act"),
     ("timesteps_are_left", {"min_timestep": 500, "max_timestep": 500}, "no timestep is left"),
     (
         "metadata_has_no_regularisation",

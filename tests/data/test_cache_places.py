@@ -9,6 +9,7 @@ import torch
 from library.config.cli import make_config
 from library.data.assemble import assemble
 from library.data.cache_places import CachePlace, cache_place, mirrored, require_writable
+from library.data.dataset import build_train_data
 from library.data.latent_caching import LatentCacheOptions, build_latents
 from library.data.text_caching import TextCacheOptions, build_text
 from library.errors import UserError
@@ -78,6 +79,16 @@ def test_right_entries_beside_the_images_are_used_and_wrong_ones_are_left_alone(
 def test_folders_of_one_name_do_not_share_a_mirror(tmp_path):
     one, other = mirrored(tmp_path / "a" / "cat", tmp_path), mirrored(tmp_path / "b" / "cat", tmp_path)
     assert one != other and one == mirrored(tmp_path / "b" / ".." / "a" / "cat", tmp_path)
+
+
+def test_the_indexes_of_image_folders_lie_in_the_cache_folder_too(folder, tmp_path):
+    before = names(folder)
+    os.utime(folder, ns=(1, 1))
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))
+    build_train_data([dataset(subset(folder))], seed=0, cache_dir=tmp_path / "cache")
+    assert names(folder) == before
+    assert names(mirrored(folder, tmp_path / "cache")) == {".sdxl_dataset_index"}
 
 
 def _refusing(folder):
