@@ -6,17 +6,17 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import LATENTS, SHARED, TEXTS, TRAINER, Group, SizeValue, option
+from library.config.fields import ADMIN, LATENTS, SHARED, TEXTS, TRAINER, Group, SizeValue, option
 
-IMAGES = TRAINER | LATENTS
-CAPTIONS = TRAINER | TEXTS
+IMAGES = TRAINER | LATENTS | ADMIN
+CAPTIONS = TRAINER | TEXTS | ADMIN
 
 
 class DataOptions(Group):
     """Where the data is and what happens to it; most of these can also stand in the dataset file."""
 
     title: ClassVar[str] = "data"
-    acts: ClassVar[frozenset[str]] = SHARED
+    acts: ClassVar[frozenset[str]] = SHARED | ADMIN
 
     dataset_config: str | None = option(None, "dataset file (.toml or .json)", path=True)
     train_data_dir: str | None = option(
@@ -119,18 +119,21 @@ class DataOptions(Group):
     )
     dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
     train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
-    cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)
-    cache_latents_to_disk: bool = option(False, "keep the latents on disk (see cache_store and cache_dir)", acts=IMAGES)
+    cache_latents: bool = option(False, "encode all images once before training", acts=TRAINER | LATENTS)
+    cache_latents_to_disk: bool = option(
+        False, "keep the latents on disk (see cache_store and cache_dir)", acts=TRAINER | LATENTS
+    )
     cache_text_encoder_outputs: bool = option(
-        False, "encode all captions once before training; the text encoders are then not trained", acts=CAPTIONS
+        False, "encode all captions once before training; the text encoders are then not trained", acts=TRAINER | TEXTS
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=CAPTIONS
+        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=TRAINER | TEXTS
     )
     cache_store: str = option(
         "npz",
         "how a cache on disk is kept: one `npz` file per image, as sd-scripts has it, or `packed` in a few large files",
         choices=["npz", "packed"],
+        acts=SHARED,
     )
     cache_dir: str | None = option(
         None,
@@ -138,10 +141,14 @@ class DataOptions(Group):
         "images; a packed cache in .sdxl_cache, in train_data_dir or next to the dataset_config or in_json file)",
         path=True,
     )
-    text_encoder_batch_size: int = option(8, "captions that are encoded at once for a cache", ge=1, acts=CAPTIONS)
-    skip_cache_check: bool = option(False, "trust existing cache files without opening them")
+    text_encoder_batch_size: int = option(
+        8, "captions that are encoded at once for a cache", ge=1, acts=TRAINER | TEXTS
+    )
+    skip_cache_check: bool = option(False, "trust existing cache files without opening them", acts=SHARED)
     legacy_crop_conditioning: bool = option(
-        False, "use sd-scripts' crop numbers (margins of a contain fit) instead of the real crop", acts=IMAGES
+        False,
+        "use sd-scripts' crop numbers (margins of a contain fit) instead of the real crop",
+        acts=TRAINER | LATENTS,
     )
     max_data_loader_n_workers: int = option(
         8, "processes that load images (never more than there are CPU cores; 0: none)", ge=0, acts=TRAINER

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import LATENTS, SHARED, TEXTS, TRAINER, Group, option
+from library.config.fields import ADMIN, LATENTS, SHARED, TEXTS, TRAINER, Group, option
 
 
 class ModelOptions(Group):
     """The checkpoint and its parts."""
 
     title: ClassVar[str] = "model"
-    acts: ClassVar[frozenset[str]] = SHARED
+    acts: ClassVar[frozenset[str]] = SHARED | ADMIN
 
     pretrained_model_name_or_path: str | None = option(
         None,
@@ -21,17 +21,20 @@ class ModelOptions(Group):
         path=True,
     )
     vae: str | None = option(
-        None, "VAE to use instead of the checkpoint's own: file or diffusers folder", path=True, acts=TRAINER | LATENTS
+        None,
+        "VAE to use instead of the checkpoint's own: file or diffusers folder",
+        path=True,
+        acts=TRAINER | LATENTS | ADMIN,
     )
     v_parameterization: bool = option(False, "the model predicts v, not noise", acts=TRAINER)
     max_token_length: int = option(
         75,
         "caption length in tokens; a multiple of 75, longer captions take several chunks",
         ge=75,
-        acts=TRAINER | TEXTS,
+        acts=TRAINER | TEXTS | ADMIN,
     )
     weighted_captions: bool = option(
-        False, "honour weights such as (a red cat:1.2) and [dog] in captions", acts=TRAINER | TEXTS
+        False, "honour weights such as (a red cat:1.2) and [dog] in captions", acts=TRAINER | TEXTS | ADMIN
     )
     clip_skip: int | None = option(
         None,

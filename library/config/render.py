@@ -20,7 +20,13 @@ from library.config.recipes import RECIPES, Recipe
 from library.config.runs import RUNS, Run
 from library.config.toml_file import toml_value
 
-_LETTERS = {"sdxl_train_network": "N", "cache_latents": "L", "cache_text_encoder_outputs": "E", "sdxl_gen_img": "G"}
+_LETTERS = {
+    "sdxl_train_network": "N",
+    "cache_latents": "L",
+    "cache_text_encoder_outputs": "E",
+    "cache_admin": "A",
+    "sdxl_gen_img": "G",
+}
 _TYPES = {"int": "whole number", "float": "number", "str": "text", "size": "resolution", "share": "count or share"}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from library.config.fields import Group
 
 if TYPE_CHECKING:
+    from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
     from library.config.generate import GenerateOptions
@@ -37,6 +38,7 @@ class RunConfig:
     save: SaveOptions
     preview: PreviewOptions
     generate: GenerateOptions
+    admin: AdminOptions
 
     def __init__(
         self, run: str, *, groups: Mapping[str, Group], provenance: Mapping[str, str], notices: list[str]

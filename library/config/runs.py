@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.config.admin import AdminOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
 from library.config.fields import Group, Option
@@ -40,7 +41,7 @@ class Run:
         return next(key for key, group in self.groups.items() if name in group.options())
 
 
-CACHE_TOOLS = frozenset({"cache_latents", "cache_text_encoder_outputs"})
+CACHE_TOOLS = frozenset({"cache_latents", "cache_text_encoder_outputs", "cache_admin"})
 
 _TRAINING: dict[str, type[Group]] = {
     "model": ModelOptions,
@@ -72,6 +73,13 @@ RUNS: dict[str, Run] = {
             "Encode all captions of a dataset once and keep the result on disk.",
             _TRAINING,
             frozenset({"ct", "N"}),
+        ),
+        Run(
+            "cache_admin",
+            "tools/cache_admin.py",
+            "Look after the caches of a dataset: status, verify, pack, unpack or clean.",
+            {"admin": AdminOptions, **_TRAINING},
+            frozenset("N"),
         ),
         Run(
             "sdxl_gen_img",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.config.fields import GENERATOR, SHARED, TRAINER
+from library.config.fields import ADMIN, GENERATOR, SHARED, TRAINER
 from library.config.run_config import RunConfig
 from library.config.values import shown
 from library.errors import Problem
@@ -71,7 +71,7 @@ def model_is_named(cfg: RunConfig) -> list[Problem]:
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED)
+@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED | ADMIN)
 def data_is_named(cfg: RunConfig) -> list[Problem]:
     """A run needs images."""
     if cfg.data.train_data_dir or cfg.data.in_json or cfg.data.dataset_config:
@@ -79,7 +79,7 @@ def data_is_named(cfg: RunConfig) -> list[Problem]:
     return [Problem("there is no data", fix="set train_data_dir, in_json or dataset_config")]
 
 
-@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED)
+@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED | ADMIN)
 def metadata_has_no_regularisation(cfg: RunConfig) -> list[Problem]:
     """Regularisation images come with folders, not with a metadata file."""
     if not (cfg.data.in_json and cfg.data.reg_data_dir) or cfg.data.dataset_config:
@@ -246,6 +246,25 @@ def samples_need_prompts(cfg: RunConfig) -> list[Problem]:
         return []
     what = f"{' and '.join(names)} need{'s' if len(names) == 1 else ''} sample_prompts"
     return conflict(cfg, what, *names, fix="name a prompt file in sample_prompts")
+
+
+# --- looking after caches ------------------------------------------------------------------------------------------
+
+
+@rule("command", "yes", "remove", "delete_broken", runs=ADMIN)
+def command_is_named(cfg: RunConfig) -> list[Problem]:
+    """The tool does one of several things, and some options belong to one of them."""
+    if cfg.admin.command is None:
+        return [Problem("there is nothing to do", fix="name a command: status, verify, pack, unpack or clean")]
+    belongs = {"yes": "clean", "remove": "pack", "delete_broken": "verify"}
+    wrong = [name for name, command in belongs.items() if cfg.get(name) and cfg.admin.command != command]
+    return [
+        problem
+        for name in wrong
+        for problem in conflict(
+            cfg, f"{name} cannot act in {cfg.admin.command}", name, fix=f"it belongs to the command {belongs[name]}"
+        )
+    ]
 
 
 # --- generation ----------------------------------------------------------------------------------------------------

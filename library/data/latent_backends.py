@@ -17,6 +17,7 @@ from library.data.stores import Entries, small_mask
 from library.data.table import ImageTable
 from library.data.transforms import crop_info
 from library.io import fingerprint, latent_cache
+from library.io.fingerprint import ImageStamp
 from library.io.latent_cache import CELL, CacheCheck, LatentEntry, MaskSource
 
 
@@ -214,20 +215,24 @@ class NpzLatents:
 
     def _fingerprint(self, number: int, *, with_hash: bool) -> str:
         image = self._image(number)
-        crop = crop_info(image.record.size, image.placement, flipped=False)
-        stamp = fingerprint.image_stamp(image.record.path, with_hash=with_hash)
-        mask = stamp if mask_source(image) == "alpha" else None
+        stamp, mask = fingerprint.image_stamp(image.record.path, with_hash=with_hash), None
         if image.record.mask is not None:
             mask = fingerprint.image_stamp(image.record.mask, with_hash=with_hash)
-        return fingerprint.latent_fingerprint(
-            image=stamp,
-            bucket=crop.target,
-            resized=crop.resized,
-            crop=(crop.left, crop.top),
-            vae_id=self._vae_id,
-            interpolation=image.record.subset.resize_interpolation,
-            mask=mask,
-        )
+        return made_from(image, vae_id=self._vae_id, stamp=stamp, mask_stamp=mask)
+
+
+def made_from(image: PlacedImage, *, vae_id: str, stamp: ImageStamp, mask_stamp: ImageStamp | None) -> str:
+    """The fingerprint of an image's latents and mask, given what is known of its file and of its mask's."""
+    crop = crop_info(image.record.size, image.placement, flipped=False)
+    return fingerprint.latent_fingerprint(
+        image=stamp,
+        bucket=crop.target,
+        resized=crop.resized,
+        crop=(crop.left, crop.top),
+        vae_id=vae_id,
+        interpolation=image.record.subset.resize_interpolation,
+        mask=stamp if mask_source(image) == "alpha" else mask_stamp,
+    )
 
 
 def mask_source(image: PlacedImage) -> MaskSource | None:

@@ -79,7 +79,7 @@ def build_latents(
     random.
     """
     assert not any(subset.random_crop for subset in table.subsets), "a cached image has one crop"
-    work = _Pass(table, options)
+    work = LatentPass(table, options)
     checks = work.backend.look(rank=rank, world=world)
     work.backend.prepare([number for number, check in enumerate(checks) if not usable(check)])
     chunks = _chunks(work, checks, options.batch_size)
@@ -93,7 +93,7 @@ def build_latents(
     return LatentStore(work.targets, entries, has_mask=work.has_mask), report
 
 
-class _Pass:
+class LatentPass:
     """What a pass works on: the distinct entries, which of them need the mirror image, and where they are kept."""
 
     def __init__(self, table: ImageTable, options: LatentCacheOptions) -> None:
@@ -146,7 +146,7 @@ def mask_ids(table: ImageTable) -> np.ndarray:
     return ids[table.image_of]
 
 
-def _chunks(work: _Pass, checks: Sequence[CacheCheck], batch_size: int) -> list[Sequence[int]]:
+def _chunks(work: LatentPass, checks: Sequence[CacheCheck], batch_size: int) -> list[Sequence[int]]:
     """Numbers of the entries to encode, in batches of one bucket, smallest buckets first."""
     groups: defaultdict[tuple, list[int]] = defaultdict(list)
     for number, check in enumerate(checks):
@@ -157,7 +157,7 @@ def _chunks(work: _Pass, checks: Sequence[CacheCheck], batch_size: int) -> list[
 
 
 def _build(
-    work: _Pass,
+    work: LatentPass,
     chunks: Sequence[Sequence[int]],
     encode: Callable[[], LatentEncoder],
     *,
@@ -185,7 +185,9 @@ def _build(
     return Built(numbers, work.backend.share(), failed)
 
 
-def _decoded(work: _Pass, chunks: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], list[Decoded | Skipped]]]:
+def _decoded(
+    work: LatentPass, chunks: Sequence[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], list[Decoded | Skipped]]]:
     """Each chunk with its images; the next chunk is decoded while this one is worked on."""
     with ThreadPoolExecutor(DECODERS) as pool:
         waiting: list[list[Future]] = []
@@ -208,7 +210,7 @@ def _decode(image: PlacedImage) -> Decoded | Skipped:
 
 
 def _encode_chunk(
-    work: _Pass,
+    work: LatentPass,
     good: Sequence[tuple[int, Decoded]],
     encoder: LatentEncoder,
     *,

@@ -44,7 +44,7 @@ STAMPS = "stamps"
 
 
 class PackedLatents:
-    """Keeps entries in a packed store. `vae_id` names the weights (None: any will do); `skip_check` trusts old ones."""
+    """Keeps entries in a packed store. `vae_id` names the weights ("": any will do); `skip_check` trusts old ones."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class PackedLatents:
         folder: Path,
         needs_flip: np.ndarray,
         has_mask: np.ndarray,
-        vae_id: str | None,
+        vae_id: str,
         skip_check: bool = False,
     ) -> None:
         self._table, self._targets, self._folder = table, targets, folder
@@ -173,7 +173,7 @@ class PackedLatents:
             vae = vae_of(recipe_text)
         except (ValueError, KeyError, TypeError):
             return False
-        return self._vae_id is None or vae is None or vae == self._vae_id
+        return not self._vae_id or vae is None or vae == self._vae_id
 
     def _is_foreign(self, positions: np.ndarray) -> np.ndarray:
         nobody = np.array([text == recipe(None) for text in self.store.recipes], dtype=bool)

@@ -8,7 +8,7 @@ needs no text encoder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from library.io.latent_cache import CacheCheck
 from library.io.packed_record import Layout
 from library.io.packed_store import PackedStore
 from library.io.packed_writer import PackedWriter
+from library.io.text_cache import TextEntry
 
 VERSION = 1
 """Raised when the meaning of an entry changes, so that older ones are built again."""
@@ -76,6 +77,16 @@ def row_of(arrays: dict[str, np.ndarray]) -> TextCond:
     return TextCond(torch.cat([first, second], dim=-1)[None], pooled[None])
 
 
+def text_entry_of(arrays: Mapping[str, np.ndarray]) -> TextEntry:
+    """The arrays of a record as what an npz file holds; raises KeyError when one is missing."""
+    return TextEntry(*(as_tensor(arrays[key]) for key in KEYS))
+
+
+def narrowed_text(entry: TextEntry) -> dict[str, np.ndarray]:
+    """What is stored of an npz file's entry."""
+    return narrowed({key: getattr(entry, key) for key in KEYS})
+
+
 def arrays_of(row: TextCond, *, width_1: int) -> dict[str, np.ndarray]:
     """What is stored of a batch of 1: float16, or float32 for an entry that goes beyond it."""
     hidden_TD = row.hidden_BTD[0]
@@ -94,7 +105,7 @@ class PackedText:
     ) -> None:
         self.ids, self._text_of, self._options, self._folder = ids, text_of, options, folder
         empty = caption_id("", max_token_length=options.max_token_length, weighted=options.weighted)
-        self._empty_id = np.array([empty], dtype=np.uint64)
+        self.empty_id = np.array([empty], dtype=np.uint64)
         self.store = PackedStore.open(folder)
         self._writer = PackedWriter(folder, recipe=recipe(options.text_encoder_id))
 
@@ -140,15 +151,15 @@ class PackedText:
 
     def empty(self, encode: Callable[[list[str]], TextCond], *, rank: int) -> TextCond:
         """The encoding of the empty caption as it is kept, made when it is not there; every rank asks for it."""
-        is_there = agreed(int(self._judge(self._empty_id)[0]) in (_VALID, _FOREIGN))
-        position = int(self.store.find(self._empty_id)[0])
+        is_there = agreed(int(self._judge(self.empty_id)[0]) in (_VALID, _FOREIGN))
+        position = int(self.store.find(self.empty_id)[0])
         if is_there and position >= 0:
             row = row_of(self.store.read(position))
             return TextCond(row.hidden_BTD, row.pooled_BP.clone())
         arrays = arrays_of(encode([""]).to("cpu"), width_1=self._options.width_1)
         if rank == 0:
             require_writable([self._folder])
-            self._writer.append(int(self._empty_id[0]), arrays)
+            self._writer.append(int(self.empty_id[0]), arrays)
             self._writer.close()
         return row_of(arrays)
 

@@ -46,11 +46,8 @@ def build_text(
     caption in memory and in a packed cache. Every subset must have one wording.
     """
     assert all(has_one_wording(subset) for subset in table.subsets), "a cached caption has one wording"
-    captions = _captions(table)
-    by_file = options.to_disk and options.place.store == "npz"
-    targets = _targets(table, captions, by_file=by_file)
-    wordings = [captions[image] for image in targets.first.tolist()]
-    backend = _backend(table, targets, wordings, options)
+    work = TextPass(table, options)
+    targets, wordings, backend = work.targets, work.wordings, work.backend
     checks = backend.look(rank=rank, world=world)
     backend.prepare([number for number, check in enumerate(checks) if not usable(check)])
     if isinstance(backend, PackedText):
@@ -69,17 +66,28 @@ def build_text(
     return TextStore(targets, entries, empty=store_empty), report
 
 
-def _backend(table: ImageTable, targets: Targets, wordings: Sequence[str], options: TextCacheOptions) -> TextBackend:
-    if not options.to_disk:
-        return MemoryText(len(targets))
-    if options.place.store == "npz":
-        return NpzText([table.paths.text(image) for image in targets.first.tolist()], wordings, options)
-    ids = (
-        caption_id(caption, max_token_length=options.max_token_length, weighted=options.weighted)
-        for caption in wordings
-    )
-    place = options.place.text
-    return PackedText(np.fromiter(ids, np.uint64, len(wordings)), wordings.__getitem__, options, folder=place)
+class TextPass:
+    """What a pass works on: the distinct entries, their captions, and where they are kept."""
+
+    def __init__(self, table: ImageTable, options: TextCacheOptions) -> None:
+        captions = _captions(table)
+        self.table = table
+        self.targets = _targets(table, captions, by_file=options.to_disk and options.place.store == "npz")
+        self.wordings = [captions[image] for image in self.targets.first.tolist()]
+        self.backend = self._backend(options)
+
+    def _backend(self, options: TextCacheOptions) -> TextBackend:
+        if not options.to_disk:
+            return MemoryText(len(self.targets))
+        if options.place.store == "npz":
+            paths = [self.table.paths.text(image) for image in self.targets.first.tolist()]
+            return NpzText(paths, self.wordings, options)
+        ids = (
+            caption_id(caption, max_token_length=options.max_token_length, weighted=options.weighted)
+            for caption in self.wordings
+        )
+        numbers = np.fromiter(ids, np.uint64, len(self.wordings))
+        return PackedText(numbers, self.wordings.__getitem__, options, folder=options.place.text)
 
 
 def _captions(table: ImageTable) -> dict[int, str]:

@@ -75,8 +75,10 @@ def standard_name(image_path: str | os.PathLike[str], original: Size) -> str:
     return f"{stem}_{original.w:04d}x{original.h:04d}_sdxl.npz"
 
 
-def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str) -> None:
+def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str | None) -> None:
     """Write the entry atomically; keys of other programs in an existing file stay.
+
+    Without a fingerprint the file says no more of its origin than one of another program does.
 
     Of an existing file, mirror latents and a mask go when the new entry does not bring them: they belonged to the
     latents being replaced.
@@ -89,8 +91,12 @@ def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str) ->
         arrays[_MASK] = _pixels(_float32(entry.mask_HW), latents.shape)
     arrays["original_size"] = np.array(entry.original, dtype=np.int64)
     arrays["crop_ltrb"] = np.array(entry.crop_ltrb, dtype=np.float64)
+    drop = {"latents_flipped", _MASK}
+    if fingerprint is None:
+        npz_file.write_arrays(path, arrays, drop=drop | {"fingerprint", _CHECKSUMS})
+        return
     arrays["fingerprint"] = np.array(fingerprint)
-    npz_file.write_arrays(path, arrays, drop={"latents_flipped", _MASK}, checksum_key=_CHECKSUMS)
+    npz_file.write_arrays(path, arrays, drop=drop, checksum_key=_CHECKSUMS)
 
 
 def read(path: str | os.PathLike[str], *, with_mask: bool = True) -> LatentEntry:

@@ -37,9 +37,15 @@ def text_cache_path(image_path: str | os.PathLike[str]) -> Path:
     return Path(os.path.splitext(os.fspath(image_path))[0] + "_te_outputs.npz")
 
 
-def write(path: str | os.PathLike[str], entry: TextEntry, fingerprint: str) -> None:
-    """Write the entry atomically; keys of other programs in an existing file stay. float16 stays, bfloat16 widens."""
+def write(path: str | os.PathLike[str], entry: TextEntry, fingerprint: str | None) -> None:
+    """Write the entry atomically; keys of other programs in an existing file stay. float16 stays, bfloat16 widens.
+
+    Without a fingerprint the file says no more of its origin than one of another program does.
+    """
     arrays = {key: _storable(getattr(entry, key)) for key in _DATA_KEYS}
+    if fingerprint is None:
+        npz_file.write_arrays(path, arrays, drop={"fingerprint", _CHECKSUMS})
+        return
     arrays["fingerprint"] = np.array(fingerprint)
     npz_file.write_arrays(path, arrays, checksum_key=_CHECKSUMS)
 

@@ -47,6 +47,23 @@ GENERATOR_CASES = [
 ]
 
 
+ADMIN_CASES = [
+    ("command_is_named", {"command": None}, "there is nothing to do"),
+    ("command_is_named", {"yes": True}, "yes cannot act in status"),
+    ("command_is_named", {"command": "clean", "remove": True}, "remove cannot act in clean"),
+    ("command_is_named", {"command": "pack", "delete_broken": True}, "delete_broken cannot act in pack"),
+]
+
+
+@pytest.mark.parametrize(("rule", "changes", "what"), ADMIN_CASES)
+def test_rule_of_the_cache_tool_fires(rule, changes, what, complete):
+    named = {name: complete[name] for name in ("train_data_dir", "resolution")}
+    with pytest.raises(UserError) as caught:
+        make_config("cache_admin", **{**named, "command": "status", **changes})
+    (problem,) = caught.value.problems
+    assert what in problem.what and problem.fix
+
+
 @pytest.mark.parametrize(("rule", "changes", "what"), TRAINER_CASES)
 def test_trainer_rule_fires(problems_of, rule, changes, what):
     (problem,) = problems_of(**changes)
@@ -63,7 +80,7 @@ def test_generator_rule_fires(rule, changes, what):
 
 
 def test_every_rule_has_a_case():
-    cases = {rule for rule, _, _ in TRAINER_CASES + GENERATOR_CASES}
+    cases = {rule for rule, _, _ in TRAINER_CASES + GENERATOR_CASES + ADMIN_CASES}
     assert {entry.check.__name__ for entry in validate.RULES} == cases
 
 
