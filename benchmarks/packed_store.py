@@ -45,20 +45,19 @@ def synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, facts
 
 
-def write_synthetic(folder: Path, count: int) -> None:
+def write_synthetic(folder: Path, ids: np.ndarray, facts: np.ndarray, *, recipe: str = "{}") -> None:
     """Write shards as PackedWriter does, but all records of a shard at once: one is the pattern of the others."""
     from library.io import packed_record as fmt
 
-    ids, facts = synthetic(count)
     folder.mkdir(parents=True)
     body = {"latents": np.ones((4, 2, 2), np.float16)}
     pattern, _ = fmt.encode_record(0, body, key="images/0000000.png", facts=facts[0].tobytes(), stamp=0)
-    for first in range(0, count, PER_SHARD):
-        numbers = np.arange(first, min(first + PER_SHARD, count))
+    for first in range(0, len(ids), PER_SHARD):
+        numbers = np.arange(first, min(first + PER_SHARD, len(ids)))
         rows = np.tile(np.frombuffer(pattern, np.uint8), (len(numbers), 1))
         rows[:, 8:16] = ids[numbers, None].view(np.uint8)
         rows[:, 16:24] = (numbers + 1).astype("<u8")[:, None].view(np.uint8)
-        key_at = fmt.FIXED.size + FACTS.itemsize
+        key_at = fmt.FIXED.size + facts.dtype.itemsize
         rows[:, fmt.FIXED.size : key_at] = facts[numbers].view(np.uint8).reshape(len(numbers), -1)
         digits = np.char.zfill(numbers.astype("S7"), 7)
         rows[:, key_at + 7 : key_at + 14] = digits.view(np.uint8).reshape(-1, 7)
@@ -67,7 +66,9 @@ def write_synthetic(folder: Path, count: int) -> None:
         with memoryview(whole) as view:
             for start in range(0, len(whole), len(pattern)):
                 struct.pack_into("<I", whole, start + fmt.FIXED.size - 4, fmt.head_crc(view, start, head))
-        (folder / f"{first:016x}-0-bench{fmt.SHARD_SUFFIX}").write_bytes(fmt.encode_shard_header("{}", FACTS) + whole)
+        (folder / f"{first:016x}-0-bench{fmt.SHARD_SUFFIX}").write_bytes(
+            fmt.encode_shard_header(recipe, facts.dtype) + whole
+        )
 
 
 def resident_bytes() -> int:
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         start = time.perf_counter()
-        write_synthetic(folder / "million", given.entries)
+        write_synthetic(folder / "million", *synthetic(given.entries))
         print(f"{given.entries} synthetic entries written in {time.perf_counter() - start:.1f} s")
         measure_opening(folder / "million", given.entries, "without an index (all shards are scanned)")
         for _ in range(3):

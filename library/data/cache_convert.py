@@ -13,10 +13,8 @@ from library.data.cache_places import require_writable
 from library.data.cache_survey import Kind, NpzPart, PackedPart, Survey, is_entry, usable_numbers
 from library.data.latent_backends import made_from
 from library.data.latent_caching import LatentPass
-from library.data.packed_entries import arrays_of, entry_of, facts_of, latent_ids, stamp_of, vae_of
-from library.data.packed_entries import recipe as latent_recipe
-from library.data.packed_text import KEYS, encoder_of, narrowed_text, text_entry_of
-from library.data.packed_text import recipe as text_recipe
+from library.data.packed_entries import arrays_of, entry_of, facts_of, latent_ids, recipe, stamp_of, vae_of
+from library.data.packed_text import Recipe, arrays_of_text, file_entry_of
 from library.data.progress import progress_bar
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.diffusion.crops import legacy_crop_ltrb
@@ -38,10 +36,10 @@ class Converted:
 
 
 class Record(NamedTuple):
-    """What a npz file is in a packed cache; `model` made it, None when nobody noted that."""
+    """What an npz file is in a packed cache."""
 
     arrays: dict[str, np.ndarray]
-    model: str | None
+    recipe: str
     key: str
     facts: np.ndarray | None
 
@@ -71,7 +69,7 @@ def pack(survey: Survey, kind: Kind, *, remove: bool = False) -> Converted:
                     done.there += 1
                 else:
                     record = _record(part, number)
-                    writer.use_recipe((latent_recipe if kind == "latents" else text_recipe)(record.model))
+                    writer.use_recipe(record.recipe)
                     writer.append(int(ids[number]), record.arrays, key=record.key, facts=record.facts)
                     there.add(int(ids[number]))
                     done.written += 1
@@ -128,10 +126,11 @@ def _record(part: NpzPart, number: int) -> Record:
         image = part.work.image(number)
         entry = latent_cache.read(path, with_mask=bool(part.work.has_mask[number]))
         model = _named(entry.fingerprint, "vae") if part.checks[number].status == "valid" else None
-        return Record(arrays_of(entry), model, image.record.key, facts_of(image))
+        return Record(arrays_of(entry), recipe(model), image.record.key, facts_of(image))
     text = text_cache.read(path)
     model = _named(text.fingerprint, "text_encoder") if part.checks[number].status == "valid" else None
-    return Record(narrowed_text(text), model, part.work.wordings[number], None)
+    made_by = Recipe(model, text.hidden_state1.shape[-1])
+    return Record(arrays_of_text(text), made_by.text(), part.work.wordings[number], None)
 
 
 def _named(made_from: str | None, key: str) -> str | None:
@@ -166,8 +165,13 @@ def _is_same(part: NpzPart, number: int, store: PackedStore, position: int) -> b
     ):
         return True
     # Equal captions are packed once; encoded in different batches they differ in the last bits.
-    recipe = store.recipes[int(store.recipe_of(np.array([position]))[0])]
-    return part.kind == "text" and record.model is not None and record.model == encoder_of(recipe)
+    if part.kind != "text" or record.recipe != _recipe_of(store, position):
+        return False
+    return Recipe.parse(record.recipe).text_encoder is not None
+
+
+def _recipe_of(store: PackedStore, position: int) -> str:
+    return store.recipes[int(store.recipe_of(np.array([position]))[0])]
 
 
 def _is_whole(part: NpzPart, number: int) -> bool:
@@ -176,7 +180,7 @@ def _is_whole(part: NpzPart, number: int) -> bool:
     if isinstance(part.work, LatentPass):
         packed = {"latents", "latents_flipped", "original_size", "crop_ltrb"}
         return keys <= (packed | {"alpha_mask"} if part.work.has_mask[number] else packed)
-    return keys <= set(KEYS)
+    return keys <= {"hidden_state1", "hidden_state2", "pool2"}
 
 
 def _write_latents(part: NpzPart, number: int, store: PackedStore, position: int, survey: Survey) -> None:
@@ -191,7 +195,7 @@ def _write_latents(part: NpzPart, number: int, store: PackedStore, position: int
         legacy_crop_ltrb(image.placement.bucket, image.record.size),
         mask_HW=entry.mask_HW,
     )
-    vae = vae_of(store.recipes[int(store.recipe_of(one)[0])])
+    vae = vae_of(_recipe_of(store, position))
     latent_cache.write(part.path(number), entry, None if vae is None else _latent_text(image, facts, vae))
 
 
@@ -202,7 +206,7 @@ def _latent_text(image: PlacedImage, facts: np.void, vae: str) -> str:
 
 def _write_text(part: NpzPart, number: int, store: PackedStore, position: int, survey: Survey) -> None:
     assert not isinstance(part.work, LatentPass)
-    encoder = encoder_of(store.recipes[int(store.recipe_of(np.array([position]))[0])])
+    encoder, width_1 = Recipe.parse(_recipe_of(store, position))
     made = None
     if encoder is not None:
         made = fingerprint.text_fingerprint(
@@ -211,4 +215,4 @@ def _write_text(part: NpzPart, number: int, store: PackedStore, position: int, s
             max_token_length=survey.max_token_length,
             weighted=survey.weighted,
         )
-    text_cache.write(Path(part.path(number)), text_entry_of(store.read(position)), made)
+    text_cache.write(Path(part.path(number)), file_entry_of(store.read(position), width_1=width_1), made)

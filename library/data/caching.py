@@ -81,8 +81,14 @@ class Targets:
 
 def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, total: int) -> Targets:
     """One target for all members (numbers below `total`, ascending) whose identities, one value per column, agree."""
-    columns = np.stack([column.astype(np.uint64) for column in identities], axis=1)
-    _, first, group = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+    # Column by column, and no further than needed: sorting rows takes many times as long.
+    group, count = np.zeros(len(members), dtype=np.int64), 1
+    for column in identities:
+        if count < len(members):
+            values, codes = np.unique(column, return_inverse=True)
+            kinds, group = np.unique(group * len(values) + codes.reshape(-1), return_inverse=True)
+            count = len(kinds)
+    _, first = np.unique(group, return_index=True)
     order = np.argsort(first)
     rank_of = np.empty_like(order)
     rank_of[order] = np.arange(len(order))

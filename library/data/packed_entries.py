@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -54,22 +55,28 @@ def _suffix(bucket: Size, resized: Size, filter_name: str | None, mask: str | No
 
 def latent_ids(table: ImageTable, rows: np.ndarray) -> np.ndarray:
     """`latent_id` of many rows, uint64."""
-    suffixes: dict[tuple, str] = {}
+    images = table.image_of[rows]
+    kinds = np.stack([table.placement_of[rows], table.subset_of[images], table.masks.has_text(images)], axis=1)
+    _, first, kind_of = np.unique(_mixed(kinds), return_index=True, return_inverse=True)
+    suffixes = [_suffix_of(table, *kinds[index].tolist()) for index in first.tolist()]
+    cells = zip(table.keys.cells(images), kind_of.tolist(), strict=True)
+    digests = b"".join(blake2b(key + suffixes[kind], digest_size=8).digest() for key, kind in cells)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
-    def ids() -> Iterator[int]:
-        images, placements = table.image_of[rows], table.placement_of[rows]
-        subsets = table.subset_of[images]
-        for image, placement, subset in zip(images.tolist(), placements.tolist(), subsets.tolist(), strict=True):
-            spec = table.subsets[subset]
-            mask = "file" if table.masks[image] is not None else "alpha" if spec.alpha_mask else None
-            kind = (placement, spec.resize_interpolation, mask)
-            suffix = suffixes.get(kind)
-            if suffix is None:
-                place = table.placements[placement]
-                suffix = suffixes[kind] = _suffix(place.bucket, place.resized, spec.resize_interpolation, mask)
-            yield text_id(f"{table.keys.text(image)}\0{suffix}")
 
-    return np.fromiter(ids(), np.uint64, len(rows))
+def _mixed(kinds: np.ndarray) -> np.ndarray:
+    """One number for each row of small numbers, int64 (N,): sorting these is faster than sorting rows."""
+    mixed = np.zeros(len(kinds), dtype=np.int64)
+    for column in kinds.T:
+        mixed = mixed * (int(column.max(initial=0)) + 1) + column
+    return mixed
+
+
+def _suffix_of(table: ImageTable, placement: int, subset: int, has_mask_file: int) -> bytes:
+    """What follows the key in the text that an id stands for."""
+    place, spec = table.placements[placement], table.subsets[subset]
+    mask = "file" if has_mask_file else "alpha" if spec.alpha_mask else None
+    return f"\0{_suffix(place.bucket, place.resized, spec.resize_interpolation, mask)}".encode()
 
 
 def recipe(vae_id: str | None) -> str:
@@ -92,14 +99,16 @@ class PackedLatentEntries:
 
     def __init__(self, store: PackedStore, positions: np.ndarray) -> None:
         self._store, self._positions = store, positions
+        self._originals = np.zeros((len(positions), 2), dtype=np.uint32)
+        there = positions >= 0
+        self._originals[there] = store.facts(positions[there])["original"]
 
     def read(self, number: int) -> LatentEntry:
         """One entry; its latents are views of the file in the dtype of the store and must not be written to."""
         position = int(self._positions[number])
         if position < 0:
             raise KeyError(f"entry {number} is not in the cache")
-        facts = self._store.facts(self._positions[number : number + 1])[0]
-        return entry_of(self._store.read(position), original=Size(*map(int, facts["original"])))
+        return entry_of(self._store.read(position), original=Size(*self._originals[number].tolist()))
 
     def has(self, numbers: np.ndarray) -> np.ndarray:
         """Which of them are there."""

@@ -7,6 +7,7 @@ was made from and were found to be the same, so that a copied data set is read o
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,8 @@ log = get_logger(__name__)
 _MISSING, _VALID, _FOREIGN, _STALE, _DOUBT = range(5)
 """What is said of an entry; one in doubt was made from a file of the same length and another time."""
 
+_CHECKS = (CacheCheck("missing"), CacheCheck("valid"), CacheCheck("foreign"))
+
 STAMPS = "stamps"
 
 
@@ -65,23 +68,32 @@ class PackedLatents:
         self._writer = PackedWriter(folder, recipe=recipe(vae_id), facts_dtype=FACTS)
         self._stamps_folder = folder.with_name(STAMPS)
         self._same: dict[int, np.ndarray] = {}
+        self._refreshing = threading.Lock()
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Compare all facts at once; files that may only have been touched are read, shared among the ranks."""
-        judged = agreed(self._judge() if rank == 0 else None)
+        judged = agreed(self._judge(np.arange(len(self.ids))) if rank == 0 else None)
         assert judged is not None
         codes, reasons = judged
         doubts = np.flatnonzero(codes == _DOUBT)
         found = inspect_all(
             len(doubts), lambda index: self._settle(int(doubts[index])), rank=rank, world=world, title="checking images"
         )
-        known = (CacheCheck("missing"), CacheCheck("valid"), CacheCheck("foreign"))
-        checks = [known[code] if code < _STALE else known[0] for code in codes.tolist()]
+        checks = [_CHECKS[code] if code < _STALE else _CHECKS[_MISSING] for code in codes.tolist()]
         for number, why in reasons.items():
             checks[number] = CacheCheck("stale", why)
         for number, check in zip(doubts.tolist(), found, strict=True):
             checks[number] = check
         return checks
+
+    def look_again(self, number: int) -> CacheCheck:
+        """What is there of an entry now: another run may have made it."""
+        with self._refreshing:
+            self.store.refresh()
+            codes, reasons = self._judge(np.array([number]))
+        if codes[0] == _DOUBT:
+            return self._settle(number)
+        return CacheCheck("stale", reasons[number]) if codes[0] == _STALE else _CHECKS[codes[0]]
 
     def place(self, number: int) -> str:
         """The store, and the key of the entry's image."""
@@ -122,37 +134,39 @@ class PackedLatents:
     def _image(self, number: int) -> PlacedImage:
         return self._table[int(self._targets.first[number])]
 
-    def _judge(self) -> tuple[np.ndarray, dict[int, tuple[str, ...]]]:
-        """The code of every entry (uint8), and of stale ones the reasons by number."""
-        codes = np.full(len(self.ids), _MISSING, dtype=np.uint8)
-        positions = self.store.find(self.ids)
-        there = np.flatnonzero(positions >= 0)
-        if not len(there):
+    def _judge(self, numbers: np.ndarray) -> tuple[np.ndarray, dict[int, tuple[str, ...]]]:
+        """The codes of entries (uint8), and of stale ones the reasons by number."""
+        codes = np.full(len(numbers), _MISSING, dtype=np.uint8)
+        positions = self.store.find(self.ids[numbers])
+        found = np.flatnonzero(positions >= 0)
+        if not len(found):
             return codes, {}
+        there, positions = numbers[found], positions[found]
         misfits = self._misfits(positions, there)
-        codes[there] = _VALID
+        here = np.full(len(there), _VALID, dtype=np.uint8)
         if not self._skip_check:
-            codes[there[self._is_foreign(positions[there])]] = _FOREIGN
-            misfits["VAE changed"] = ~self._is_vae_right(positions[there])
-            facts = self.store.facts(positions[there])
+            here[self._is_foreign(positions)] = _FOREIGN
+            misfits["VAE changed"] = ~self._is_vae_right(positions)
+            facts = self.store.facts(positions)
             changed = {
                 "image changed": self._compare("", there, facts),
                 "mask changed": self._compare("mask_", there, facts),
             }
             misfits |= {why: code == _STALE for why, code in changed.items()}
             doubtful = np.flatnonzero(np.any([code == _DOUBT for code in changed.values()], axis=0))
-            codes[there[doubtful[~self._are_noted(there[doubtful], facts[doubtful])]]] = _DOUBT
+            here[doubtful[~self._are_noted(there[doubtful], facts[doubtful])]] = _DOUBT
         stale = np.any(list(misfits.values()), axis=0)
-        codes[there[stale]] = _STALE
+        here[stale] = _STALE
+        codes[found] = here
         reasons = {
-            int(there[index]): tuple(why for why, found in misfits.items() if found[index])
+            int(there[index]): tuple(why for why, is_so in misfits.items() if is_so[index])
             for index in np.flatnonzero(stale).tolist()
         }
         return codes, reasons
 
     def _misfits(self, positions: np.ndarray, there: np.ndarray) -> dict[str, np.ndarray]:
         """What entries lack or have in another shape, bool by reason, for the entries `there`."""
-        layouts, which = self.store.layouts(positions[there])
+        layouts, which = self.store.layouts(positions)
         placement_of = self._table.placement_of[self._targets.first[there]]
         buckets = np.array([place.bucket for place in self._table.placements], dtype=np.int64)[placement_of] // CELL
         sides = np.array([_sides(layout) for layout in layouts], dtype=np.int64).reshape(-1, 2)[which]
@@ -193,7 +207,7 @@ class PackedLatents:
         if prefix:
             stamps = np.zeros((len(images), 2), dtype=np.int64)
             texts = self._table.masks
-            unknown = [place for place, image in enumerate(images.tolist()) if texts[image] is not None]
+            unknown = np.flatnonzero(texts.has_text(images)).tolist()
         else:
             stamps = self._table.stamps[images]
             texts = self._table.paths

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,11 @@ from library.io.text_cache import TextEntry
 VERSION = 1
 """Raised when the meaning of an entry changes, so that older ones are built again."""
 
-KEYS = ("hidden_state1", "hidden_state2", "pool2")
+HIDDEN, POOLED = "hidden", "pool2"
+"""The arrays of an entry: the hidden states of both encoders side by side (L, 2048), and the pooled vector (1280,).
+
+Side by side, because then a row of a batch is one copy out of the mapped file.
+"""
 
 
 def caption_id(caption: str, *, max_token_length: int, weighted: bool) -> int:
@@ -38,17 +43,24 @@ def caption_id(caption: str, *, max_token_length: int, weighted: bool) -> int:
     return text_id(f"{caption}\0{max_token_length}\0{int(weighted)}")
 
 
-def recipe(text_encoder_id: str | None) -> str:
-    """What all entries of a shard have in common; None stands for encoders that nobody noted."""
-    return json.dumps({"version": VERSION, "text_encoder": text_encoder_id}, separators=(",", ":"))
+class Recipe(NamedTuple):
+    """What all entries of a shard have in common: the encoders (None: nobody noted them), and the first one's width."""
 
+    text_encoder: str | None
+    width_1: int
 
-def encoder_of(recipe_text: str) -> str | None:
-    """The text encoders of a recipe. Raises ValueError for a recipe of another version."""
-    content = json.loads(recipe_text)
-    if content["version"] != VERSION:
-        raise ValueError(f"version {content['version']}")
-    return content["text_encoder"]
+    def text(self) -> str:
+        """The JSON text that shards carry."""
+        content = {"version": VERSION, "text_encoder": self.text_encoder, "width_1": self.width_1}
+        return json.dumps(content, separators=(",", ":"))
+
+    @staticmethod
+    def parse(text: str) -> Recipe:
+        """Read a recipe. Raises ValueError for one of another version."""
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}")
+        return Recipe(content["text_encoder"], content["width_1"])
 
 
 class PackedTextEntries:
@@ -71,27 +83,26 @@ class PackedTextEntries:
         return self._positions[numbers] >= 0
 
 
-def row_of(arrays: dict[str, np.ndarray]) -> TextCond:
-    """The arrays of a record as a batch of 1; raises KeyError when one is missing."""
-    first, second, pooled = (as_tensor(arrays[key]) for key in KEYS)
-    return TextCond(torch.cat([first, second], dim=-1)[None], pooled[None])
+def row_of(arrays: Mapping[str, np.ndarray]) -> TextCond:
+    """The arrays of a record as a batch of 1, which must not be written to; raises KeyError when one is missing."""
+    return TextCond(as_tensor(arrays[HIDDEN])[None], as_tensor(arrays[POOLED])[None])
 
 
-def text_entry_of(arrays: Mapping[str, np.ndarray]) -> TextEntry:
-    """The arrays of a record as what an npz file holds; raises KeyError when one is missing."""
-    return TextEntry(*(as_tensor(arrays[key]) for key in KEYS))
-
-
-def narrowed_text(entry: TextEntry) -> dict[str, np.ndarray]:
-    """What is stored of an npz file's entry."""
-    return narrowed({key: getattr(entry, key) for key in KEYS})
-
-
-def arrays_of(row: TextCond, *, width_1: int) -> dict[str, np.ndarray]:
+def arrays_of(row: TextCond) -> dict[str, np.ndarray]:
     """What is stored of a batch of 1: float16, or float32 for an entry that goes beyond it."""
-    hidden_TD = row.hidden_BTD[0]
-    parts = (hidden_TD[:, :width_1], hidden_TD[:, width_1:], row.pooled_BP[0])
-    return narrowed(dict(zip(KEYS, parts, strict=True)))
+    return narrowed({HIDDEN: row.hidden_BTD[0], POOLED: row.pooled_BP[0]})
+
+
+def arrays_of_text(entry: TextEntry) -> dict[str, np.ndarray]:
+    """What is stored of an npz file's entry."""
+    hidden_TD = torch.cat([entry.hidden_state1.float(), entry.hidden_state2.float()], dim=-1)
+    return narrowed({HIDDEN: hidden_TD, POOLED: entry.pool2})
+
+
+def file_entry_of(arrays: Mapping[str, np.ndarray], *, width_1: int) -> TextEntry:
+    """The arrays of a record as what an npz file holds; raises KeyError when one is missing."""
+    hidden_TD = as_tensor(arrays[HIDDEN])
+    return TextEntry(hidden_TD[:, :width_1], hidden_TD[:, width_1:], as_tensor(arrays[POOLED]))
 
 
 class PackedText:
@@ -107,7 +118,7 @@ class PackedText:
         empty = caption_id("", max_token_length=options.max_token_length, weighted=options.weighted)
         self.empty_id = np.array([empty], dtype=np.uint64)
         self.store = PackedStore.open(folder)
-        self._writer = PackedWriter(folder, recipe=recipe(options.text_encoder_id))
+        self._writer = PackedWriter(folder, recipe=Recipe(options.text_encoder_id, options.width_1).text())
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Look up all ids at once."""
@@ -126,8 +137,7 @@ class PackedText:
 
     def put(self, number: int, row: TextCond) -> None:
         """Append it to this process's shard."""
-        arrays = arrays_of(row, width_1=self._options.width_1)
-        self._writer.append(int(self.ids[number]), arrays, key=self._text_of(number))
+        self._writer.append(int(self.ids[number]), arrays_of(row), key=self._text_of(number))
 
     def share(self) -> None:
         """Flush what was put; the others find the shards by themselves."""
@@ -155,8 +165,8 @@ class PackedText:
         position = int(self.store.find(self.empty_id)[0])
         if is_there and position >= 0:
             row = row_of(self.store.read(position))
-            return TextCond(row.hidden_BTD, row.pooled_BP.clone())
-        arrays = arrays_of(encode([""]).to("cpu"), width_1=self._options.width_1)
+            return TextCond(row.hidden_BTD.clone(), row.pooled_BP.clone())
+        arrays = arrays_of(encode([""]).to("cpu"))
         if rank == 0:
             require_writable([self._folder])
             self._writer.append(int(self.empty_id[0]), arrays)
@@ -179,7 +189,7 @@ class PackedText:
 
     def _recipe_code(self, text: str) -> int:
         try:
-            encoder = encoder_of(text)
+            encoder = Recipe.parse(text).text_encoder
         except (ValueError, KeyError, TypeError):
             return _OTHER_VERSION
         if encoder is None:
@@ -201,7 +211,7 @@ _MISSING, _VALID, _FOREIGN, _OTHER_ENCODER, _OTHER_VERSION, _TOO_LONG = range(le
 
 def _fits(layout: Layout, num_tokens: int) -> bool:
     """Whether entries of this layout are encoded captions of `num_tokens` positions."""
-    if not set(KEYS) <= layout.fields.keys():
+    if not {HIDDEN, POOLED} <= layout.fields.keys():
         return False
-    first, second, pooled = (layout.fields[key].shape for key in KEYS)
-    return first[:1] == second[:1] == (num_tokens,) and (len(first), len(second), len(pooled)) == (2, 2, 1)
+    hidden, pooled = layout.fields[HIDDEN].shape, layout.fields[POOLED].shape
+    return len(hidden) == 2 and hidden[0] == num_tokens and len(pooled) == 1

@@ -55,6 +55,21 @@ class TextColumn(Sequence[str | None]):
         assert text is not None, index
         return text
 
+    def cells(self, numbers: np.ndarray) -> Iterator[bytes]:
+        """The UTF-8 of many cells that are known to hold texts; a third of the time of asking for each."""
+        ends = np.frombuffer(self._ends, dtype=np.uint64)
+        bounds = zip(ends[numbers].tolist(), ends[numbers + 1].tolist(), strict=True)
+        del ends  # as long as it is there no text can be added
+        data = bytes(self._data)
+        return (data[start:end] for start, end in bounds)
+
+    def has_text(self, numbers: np.ndarray) -> np.ndarray:
+        """For every cell, bool, whether it holds a text."""
+        ends = np.frombuffer(self._ends, dtype=np.uint64)
+        data = np.frombuffer(bytes(self._data) + _NONE, dtype=np.uint8)
+        starts = ends[numbers]
+        return (ends[numbers + 1] - starts != 1) | (data[starts] != _NONE[0])
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

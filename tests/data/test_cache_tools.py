@@ -209,3 +209,32 @@ def test_a_latents_pass_drops_what_it_cannot_encode(config, bundle):
     served = {key.record for group in data.epoch(0) for batch in group.micro_batches for key in batch.keys}
     assert served == {record.key for record in data.records}
     assert np.isfinite(next(data.epoch(0)).micro_batches[0].latents_B4hw.numpy()).all()
+
+
+def test_the_tools_fill_a_packed_cache_that_is_found_again(config, capsys, monkeypatch):
+    flags = ["--cache_store", "packed"]
+    for name in ("cache_latents", TEXT):
+        assert run(name, config, capsys, *flags) == "built 7, reused 0, stale 0, failed 0"
+        assert run(name, config, capsys, *flags) == "built 0, reused 7, stale 0, failed 0"
+    assert not list(pictures(config).glob("*.npz"))
+    assert (config.parent / "train" / ".sdxl_cache" / "latents" / "index.sdxlidx").exists()
+    write_picture(pictures(config) / "p0.png", 64, 64, seed=50)
+    assert run("cache_latents", config, capsys, *flags) == "built 1, reused 6, stale 1, failed 0"
+    (pictures(config) / "p1.txt").write_text("a dog", encoding="utf-8")
+    assert run(TEXT, config, capsys, *flags) == "built 1, reused 6, stale 0, failed 0"
+    monkeypatch.setattr(sdxl, "encode_text", lambda *_: pytest.fail("a complete cache needs no text encoder"))
+    assert run(TEXT, config, capsys, *flags) == "built 0, reused 7, stale 0, failed 0"
+
+
+def test_two_processes_fill_one_packed_cache(config, capsys):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tools/cache_latents.py"]
+    command += ["--config_file", str(config), "--cache_store", "packed"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == "built 7, reused 0, stale 0, failed 0"
+    shards = list((config.parent / "train" / ".sdxl_cache" / "latents").glob("*.sdxlpack"))
+    assert len(shards) == 2
+    assert run("cache_latents", config, capsys, "--cache_store", "packed") == "built 0, reused 7, stale 0, failed 0"

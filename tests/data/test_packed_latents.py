@@ -11,7 +11,7 @@ from library.data.batching import epoch_plan, rank_rows
 from library.data.cache_places import CachePlace
 from library.data.collate import BatchBuilder, Work
 from library.data.dataset import build_train_data
-from library.data.latent_caching import LatentCacheOptions, build_latents
+from library.data.latent_caching import LatentCacheOptions, LatentPass, build_latents
 from library.data.packed_entries import FACTS
 from library.errors import UserError
 from library.io.packed_maintenance import statistics
@@ -288,3 +288,17 @@ def test_another_run_with_another_vae_is_noticed(folder, build):
     write_picture(folder / "q.png", 64, 64, caption="q", seed=5)
     with pytest.raises(UserError, match="another run"):
         build(images_of(folder), encode=interfered)
+
+
+def test_an_entry_that_another_run_made_is_seen(folder, tmp_path, build):
+    table = images_of(folder)
+    place = CachePlace("packed", tmp_path / "cache")
+    work = LatentPass(table, LatentCacheOptions("vae", to_disk=True, place=place))
+    assert {check.status for check in work.backend.look(rank=0, world=1)} == {"missing"}
+    build(images_of(folder))
+    assert [work.backend.look_again(number).status for number in range(NUM)] == ["valid"] * NUM
+    os.utime(folder / "p0.png", ns=(1, 1))
+    other = LatentPass(images_of(folder), LatentCacheOptions("vae", to_disk=True, place=place))
+    assert other.backend.look_again(0).status == "valid"
+    other = LatentPass(images_of(folder), LatentCacheOptions("theirs", to_disk=True, place=place))
+    assert other.backend.look_again(0).reasons == ("VAE changed",)
