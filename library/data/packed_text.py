@@ -170,7 +170,6 @@ class PackedText:
         if rank == 0:
             require_writable([self._folder])
             self._writer.append(int(self.empty_id[0]), arrays)
-            self._writer.close()
         return row_of(arrays)
 
     def _judge(self, ids: np.ndarray) -> np.ndarray:
