@@ -302,3 +302,18 @@ def test_an_entry_that_another_run_made_is_seen(folder, tmp_path, build):
     assert other.backend.look_again(0).status == "valid"
     other = LatentPass(images_of(folder), LatentCacheOptions("theirs", to_disk=True, place=place))
     assert other.backend.look_again(0).reasons == ("VAE changed",)
+
+
+def test_a_note_belongs_to_one_content(tmp_path, build):
+    """A picture is touched, replaced by another of the same length, and put back with the time that was noted."""
+    path = tmp_path / "pictures" / "p.bmp"
+
+    def save(seed, time_ns):
+        write_picture(path, 64, 64, seed=seed, caption="x")
+        os.utime(path, ns=(time_ns, time_ns))
+        return figures(build(images_of(path.parent))[1])
+
+    assert save(1, 10) == (1, 0, 0, 0)
+    assert save(1, 20) == (0, 1, 0, 0)  # noted
+    assert save(2, 30) == (1, 0, 1, 0)
+    assert save(1, 20) == (1, 0, 1, 0)
