@@ -136,15 +136,15 @@ class NpzLatents:
             self._paths = entry_paths(list(map(place.npz_path, beside)), identities)
         self._index = CacheIndex()
         self._unindexed: set[int] = set()
+        self._is_beside: dict[int, bool] = {}
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Ask the folders' indexes first, and open the files that they do not know."""
         self._index.load({path.parent for path in (*self._paths, *self._beside)})
         checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking latents")
-        self._unindexed = {n for n, check in enumerate(checks) if check.status == "foreign" or check.found_at}
-        for number, check in enumerate(checks):
-            if check.found_at:
-                self._paths[number] = Path(check.found_at)
+        self._unindexed = {number for number, check in enumerate(checks) if check.status == "foreign"}
+        if self._beside is not self._paths:
+            self._use_files_beside(checks)
         return checks
 
     def place(self, number: int) -> str:
@@ -187,10 +187,21 @@ class NpzLatents:
     def _inspect(self, number: int) -> CacheCheck:
         check = self._inspect_file(number, self._paths[number])
         if usable(check) or self._beside is self._paths:
+            self._is_beside[number] = False
             return check
-        beside = self._beside[number]
-        found = self._inspect_file(number, beside)
-        return found._replace(found_at=str(beside)) if usable(found) else check
+        found = self._inspect_file(number, self._beside[number])
+        self._is_beside[number] = usable(found)
+        return found if usable(found) else check
+
+    def _use_files_beside(self, checks: Sequence[CacheCheck]) -> None:
+        """Take what was found beside the images from there; what other ranks looked at is asked for once more."""
+        for number in [number for number, check in enumerate(checks) if usable(check)]:
+            is_beside = self._is_beside.get(number)
+            if is_beside is None:
+                is_beside = not usable(self._inspect_file(number, self._paths[number]))
+            if is_beside:
+                self._paths[number] = self._beside[number]
+                self._unindexed.add(number)
 
     def _inspect_file(self, number: int, path: Path) -> CacheCheck:
         if self._skip_check:

@@ -35,14 +35,10 @@ MaskSource = Literal["alpha", "file"]
 
 
 class CacheCheck(NamedTuple):
-    """What became of looking at a cache file, and why it cannot be used (in words for the log; empty if it can).
-
-    `found_at` is the path of a usable file that is not where a new one would be written.
-    """
+    """What became of looking at a cache file, and why it cannot be used (in words for the log; empty if it can)."""
 
     status: Status
     reasons: tuple[str, ...] = ()
-    found_at: str = ""
 
 
 @dataclass(frozen=True, eq=False)

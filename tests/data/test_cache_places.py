@@ -14,6 +14,7 @@ from library.data.latent_caching import LatentCacheOptions, build_latents
 from library.data.text_caching import TextCacheOptions, build_text
 from library.errors import UserError
 from tests.data.fakes import Counting, fake_text_encoder
+from tests.data.ranks import Ranks
 from tests.data.specs import dataset, subset, write_folder, write_picture
 
 NUM = 7
@@ -74,6 +75,20 @@ def test_right_entries_beside_the_images_are_used_and_wrong_ones_are_left_alone(
     if run is latents:
         one, other = store.get(1, flipped=False), again.get(1, flipped=False)
         assert torch.equal(one.latents_4hw, other.latents_4hw)
+
+
+def test_every_rank_reads_right_entries_beside_the_images(folder, tmp_path, monkeypatch):
+    latents(folder)
+    write_picture(folder / "p1.png", 96, 40, seed=77)
+    options = LatentCacheOptions("vae", to_disk=True, place=CachePlace(folder=tmp_path / "cache"))
+    images, _ = assemble([dataset(subset(folder))])
+    results = Ranks(2, monkeypatch).run(
+        lambda rank: build_latents(images, Counting(), options=options, rank=rank, world=2)
+    )
+    for store, report in results:
+        assert figures(report) == (1, NUM - 1, 0, 0)
+        for row in range(NUM):
+            assert store.get(row, flipped=False).latents_4hw.shape[0] == 4
 
 
 def test_folders_of_one_name_do_not_share_a_mirror(tmp_path):
