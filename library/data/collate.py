@@ -102,8 +102,9 @@ class BatchBuilder(Dataset):
         else:
             crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
             pixels, crop = load_sample(
-                read_record(record),
+                read_record(record, image.placement),
                 image.placement,
+                original=record.size,
                 flip=flip,
                 crop_rng=crop_rng,
                 interpolation=subset.resize_interpolation,

@@ -13,7 +13,7 @@ from library.data.caching import Targets, entry_paths, inspect_all
 from library.data.records import PlacedImage
 from library.data.stores import Entries
 from library.data.table import ImageTable
-from library.data.transforms import crop_info
+from library.data.transforms import crop_info, decode_scale
 from library.io import fingerprint, latent_cache
 from library.io.latent_cache import CacheCheck, LatentEntry
 
@@ -185,6 +185,7 @@ class NpzLatents:
             crop=(crop.left, crop.top),
             vae_id=self._vae_id,
             interpolation=image.record.subset.resize_interpolation,
+            decode_scale=decode_scale(image.record, image.placement),
         )
 
 

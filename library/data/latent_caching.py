@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from library.data.background import Behind, ahead, num_helpers
 from library.data.caching import CacheReport, Targets, chunked, exchange, group_targets, stale_entries, usable
 from library.data.latent_backends import CELL, LatentBackend, MemoryLatents, NpzLatents
 from library.data.pixels import to_pixels
@@ -24,8 +27,8 @@ from library.diffusion.crops import legacy_crop_ltrb
 from library.io.latent_cache import CacheCheck, LatentEntry
 from library.seeds import derive_seed
 
-DECODERS = 4
-"""Threads that decode images while the VAE works; decoding releases Python's lock."""
+WAITING_CHUNKS = 4
+"""Encoded batches that wait to be stored, at most; the encoder waits when the disk is that far behind."""
 
 LatentEncoder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(pixels_B3HW in [-1, 1], posterior noise_B4hw), both float32 on the CPU -> (unscaled latents_B4hw, finite_B bool)."""
@@ -134,65 +137,111 @@ def _build(
     rank: int,
     world: int,
 ) -> Built:
-    """Encode this rank's chunks, decoding ahead in the background."""
+    """Encode this rank's chunks: images are decoded ahead of the encoder, entries are stored behind it."""
     numbers: list[int] = []
     failed: list[Skipped] = []
     mine = chunks[rank::world]
     if mine:
         encoder = encode()
         title = "caching latents" if world == 1 else f"caching latents, process {rank + 1} of {world}"
-        with progress_bar(sum(map(len, mine)), title=title) as bar:
-            for chunk, decoded in _decoded(work, mine):
-                good = []
-                for number, pixels in zip(chunk, decoded, strict=True):
-                    if isinstance(pixels, Skipped):
-                        failed.append(pixels)
-                    else:
-                        good.append((number, pixels))
-                if good:
-                    _encode_chunk(work, good, encoder, numbers=numbers, failed=failed)
-                bar.update(len(chunk))
+        with (
+            progress_bar(sum(map(len, mine)), title=title) as bar,
+            Behind(waiting=WAITING_CHUNKS) as behind,
+            # Closed by name: the threads must have ended before an error leaves this function.
+            closing(ahead(_prepared(work, mine))) as prepared,
+        ):
+            for chunk in prepared:
+                entries, not_finite = encode_chunk(chunk, encoder)
+                behind.put(partial(_store, work.backend, entries))
+                failed += [*chunk.failed, *not_finite]
+                numbers += [number for number, _ in entries]
+                bar.update(chunk.size)
     return Built(numbers, work.backend.share(), failed)
 
 
-def _decoded(
-    work: _Pass, chunks: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], list[np.ndarray | Skipped]]]:
-    """Each chunk with its images, cropped, uint8; the next chunk is decoded while this one is worked on."""
-    with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: list[list[Future]] = []
-        for position, chunk in enumerate(chunks):
-            for ahead in chunks[position + len(waiting) : position + 2]:
-                waiting.append([pool.submit(_decode, work.image(number)) for number in ahead])
-            yield chunk, [future.result() for future in waiting.pop(0)]
+def _store(backend: LatentBackend, entries: Sequence[tuple[int, LatentEntry]]) -> None:
+    for number, entry in entries:
+        backend.put(number, entry)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images of one bucket that are ready for the encoder.
+
+    `images` and `numbers` of those that could be decoded, in the order of `pixels_B3HW` (float32, [-1, 1]; None when
+    there are none); noise for the posterior of the image and of its mirror image, where that is wanted.
+    """
+
+    size: int
+    numbers: list[int]
+    images: list[PlacedImage]
+    failed: list[Skipped]
+    pixels_B3HW: Tensor | None = None
+    noise_B4hw: Tensor | None = None
+    flipped_noise_B4hw: Tensor | None = None
+
+
+def _prepared(work: _Pass, chunks: Sequence[Sequence[int]]) -> Generator[Chunk, None, None]:
+    """Every chunk, decoded and converted.
+
+    Bound of memory: as many whole pictures as there are helpers, and crops of twice as many pictures and one chunk.
+    """
+    helpers = num_helpers()
+    with ThreadPoolExecutor(helpers) as pool:
+        waiting: deque[list[Future]] = deque()
+        submitted = waiting_images = 0
+        try:
+            for chunk in chunks:
+                while submitted < len(chunks) and (not waiting or waiting_images < 2 * helpers):
+                    waiting.append([pool.submit(_decode, work.image(number)) for number in chunks[submitted]])
+                    waiting_images += len(chunks[submitted])
+                    submitted += 1
+                decoded = [future.result() for future in waiting.popleft()]
+                waiting_images -= len(chunk)
+                yield _ready(work, chunk, decoded)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ready(work: _Pass, chunk: Sequence[int], decoded: Sequence[np.ndarray | Skipped]) -> Chunk:
+    failed = [pixels for pixels in decoded if isinstance(pixels, Skipped)]
+    good = [(n, to_pixels(pixels)) for n, pixels in zip(chunk, decoded, strict=True) if not isinstance(pixels, Skipped)]
+    numbers = [number for number, _ in good]
+    images = [work.image(number) for number in numbers]
+    if not good:
+        return Chunk(len(chunk), numbers, images, failed)
+    return Chunk(
+        len(chunk),
+        numbers,
+        images,
+        failed,
+        torch.stack([pixels_3HW for _, pixels_3HW in good]),
+        posterior_noise(images, "plain"),
+        posterior_noise(images, "flipped") if work.needs_flip[numbers[0]] else None,
+    )
 
 
 def _decode(image: PlacedImage) -> np.ndarray | Skipped:
     record = image.record
     try:
         crop = crop_info(record.size, image.placement, flipped=False)
-        return apply_crop(read_record(record), crop, interpolation=record.subset.resize_interpolation)
+        picture = read_record(record, image.placement)
+        return apply_crop(picture, crop, interpolation=record.subset.resize_interpolation)
     except READ_ERRORS as error:
         return Skipped.because_of(record.path, error)
 
 
-def _encode_chunk(
-    work: _Pass,
-    good: Sequence[tuple[int, np.ndarray]],
-    encoder: LatentEncoder,
-    *,
-    numbers: list[int],
-    failed: list[Skipped],
-) -> None:
-    images = [work.image(number) for number, _ in good]
-    pixels_B3HW = torch.stack([to_pixels(pixels) for _, pixels in good])
-    latents_B4hw, finite_B = encoder(pixels_B3HW, posterior_noise(images, "plain"))
+def encode_chunk(chunk: Chunk, encoder: LatentEncoder) -> tuple[list[tuple[int, LatentEntry]], list[Skipped]]:
+    """The entries of a chunk with their numbers, and the images that have no finite latents."""
+    if chunk.pixels_B3HW is None or chunk.noise_B4hw is None:
+        return [], []
+    latents_B4hw, finite_B = encoder(chunk.pixels_B3HW, chunk.noise_B4hw)
     flipped_B4hw = None
-    if work.needs_flip[good[0][0]]:
-        flipped_B4hw, also_finite_B = encoder(pixels_B3HW.flip(-1), posterior_noise(images, "flipped"))
+    if chunk.flipped_noise_B4hw is not None:
+        flipped_B4hw, also_finite_B = encoder(chunk.pixels_B3HW.flip(-1), chunk.flipped_noise_B4hw)
         finite_B = finite_B & also_finite_B
-    for position, (number, _) in enumerate(good):
-        image = images[position]
+    entries, failed = [], []
+    for position, (number, image) in enumerate(zip(chunk.numbers, chunk.images, strict=True)):
         if not finite_B[position]:
             failed.append(Skipped(image.record.path, "the VAE gives no finite latents, in float32 neither"))
             continue
@@ -202,8 +251,8 @@ def _encode_chunk(
             original=image.record.size,
             crop_ltrb=legacy_crop_ltrb(image.placement.bucket, image.record.size),
         )
-        work.backend.put(number, entry)
-        numbers.append(number)
+        entries.append((number, entry))
+    return entries, failed
 
 
 def posterior_noise(images: Sequence[PlacedImage], purpose: str) -> Tensor:

@@ -24,6 +24,7 @@ _NAMES = {
     "crop": "crop",
     "interpolation": "resize interpolation",
     "vae": "VAE",
+    "decode": "JPEG decoding",
     "caption": "caption",
     "text_encoder": "text encoder",
     "max_token_length": "max token length",
@@ -59,9 +60,14 @@ def latent_fingerprint(
     crop: tuple[int, int],
     vae_id: str,
     interpolation: str | None = None,
+    decode_scale: int = 1,
     version: int = LATENT_VERSION,
 ) -> str:
-    """Describe a latent: the image, its resize and crop (left, top of the bucket in the resized image), the VAE."""
+    """Describe a latent: the image, its resize and crop (left, top of the bucket in the resized image), the VAE.
+
+    `decode_scale`: by what a JPEG's sides were divided while decoding. It is written only when it is not 1, so that
+    entries of whole images stay what they were before there was such a thing.
+    """
     return _dump(
         version=version,
         image=list(image),
@@ -70,6 +76,7 @@ def latent_fingerprint(
         crop=list(crop),
         interpolation=interpolation,
         vae=vae_id,
+        **({} if decode_scale == 1 else {"decode": f"1/{decode_scale}"}),
     )
 
 
