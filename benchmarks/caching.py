@@ -16,7 +16,8 @@ VAE on a GPU. At 512 it takes 15 times as long as decoding: both sides then do l
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import io
 import statistics
 import sys
 import tempfile
@@ -63,12 +64,13 @@ def table_of(folder: Path, resolution: int) -> ImageTable:
     from library.config.cli import parse
     from library.config.dataset_file import dataset_specs
     from library.data.assemble import assemble
+    from library.io.atomic import write_text
 
     file = folder.with_suffix(".toml")
-    file.write_text(
+    write_text(
+        file,
         f"[[datasets]]\nresolution = {resolution}\nenable_bucket = true\nmin_bucket_reso = 64\n"
         f"[[datasets.subsets]]\nimage_dir = '{folder}'\nclass_tokens = 'x'\n",
-        encoding="utf-8",
     )
     settings = ["--pretrained_model_name_or_path", "tiny", "--dataset_config", str(file), "--cache_latents"]
     return assemble(dataset_specs(parse("cache_latents", settings)))[0]
@@ -141,7 +143,8 @@ def with_pass(table: ImageTable, encoder: Encoder, batch_size: int) -> None:
     from library.data.latent_caching import LatentCacheOptions, build_latents
 
     options = LatentCacheOptions(encoder.vae_id, to_disk=True, batch_size=batch_size)
-    _, report = build_latents(table, lambda: encoder, options=options)
+    with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+        _, report = build_latents(table, lambda: encoder, options=options)
     assert report.built == len(table), report.line()
 
 
@@ -163,7 +166,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=50, help="images of a block, on which both sides work in turn")
     parser.add_argument("--threads", type=int, default=0, help="torch threads of both sides; 0: torch's own choice")
     given = parser.parse_args(argv)
-    os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     from benchmarks._machine import machine_class

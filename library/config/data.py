@@ -99,6 +99,12 @@ class DataOptions(Group):
     train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
     cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)
     cache_latents_to_disk: bool = option(False, "keep the latents in npz files next to the images", acts=IMAGES)
+    cache_latents_moments: bool = option(
+        False, "cache the VAE's mean and variance, so that every epoch draws fresh latents", acts=IMAGES
+    )
+    cache_in_background: bool = option(
+        False, "start training at once and cache each image when it is first used", acts=TRAINER
+    )
     cache_text_encoder_outputs: bool = option(
         False, "encode all captions once before training; the text encoders are then not trained", acts=CAPTIONS
     )

@@ -7,6 +7,7 @@ which worker builds it or on what was built before.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,12 +17,12 @@ from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
 from library.data.captions import process_caption
-from library.data.pixels import load_sample
+from library.data.pixels import load_sample, to_pixels
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
-from library.data.transforms import crop_info, read_record
-from library.data.types import Batch, SampleKey
+from library.data.transforms import apply_crop, crop_info, read_record
+from library.data.types import Awaited, Batch, SampleKey
 from library.diffusion.conditioning import TextCond
 from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
 from library.seeds import derive_seed
@@ -37,7 +38,10 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One finished row; exactly one of `pixels_3HW` and `latents_4hw` is set."""
+    """One finished row; exactly one of `pixels_3HW`, `latents_4hw` and `moments_8hw` is set.
+
+    `awaits` is set when the pixels, of the plain image, are there to be encoded for the cache first.
+    """
 
     key: SampleKey
     caption: str
@@ -45,7 +49,9 @@ class Sample:
     weight: float
     pixels_3HW: Tensor | None = None
     latents_4hw: Tensor | None = None
+    moments_8hw: Tensor | None = None
     text: TextCond | None = None
+    awaits: Awaited | None = None
 
 
 class BatchBuilder(Dataset):
@@ -96,9 +102,16 @@ class BatchBuilder(Dataset):
         )
         flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
         pixels = latents = None
+        moments = awaits = None
         if self.latents is not None:
-            latents = self.latents.get(row.image, flipped=flip)
             crop = crop_info(record.size, image.placement, flipped=flip)
+            if self.latents.awaits(row.image):
+                awaits = Awaited(row.image, flip)
+                picture = read_record(record, image.placement)
+                plain = crop_info(record.size, image.placement, flipped=False)
+                pixels = to_pixels(apply_crop(picture, plain, interpolation=subset.resize_interpolation))
+            else:
+                latents, moments = self._cached(row.image, flip)
         else:
             crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
             pixels, crop = load_sample(
@@ -110,7 +123,14 @@ class BatchBuilder(Dataset):
                 interpolation=subset.resize_interpolation,
             )
         text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
-        return Sample(SampleKey(record.key, row.repeat), caption, crop, record.weight, pixels, latents, text)
+        key = SampleKey(record.key, row.repeat)
+        return Sample(key, caption, crop, record.weight, pixels, latents, moments, text, awaits)
+
+    def _cached(self, row: int, flip: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Latents or, where they are kept, the moments from which every epoch draws its own."""
+        assert self.latents is not None
+        cached = self.latents.get(row, flipped=flip)
+        return (cached.latents_4hw, None) if cached.moments_8hw is None else (None, cached.moments_8hw)
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])
@@ -124,16 +144,19 @@ class BatchBuilder(Dataset):
         image = self.table[row.image]
         bucket = image.placement.bucket
         crop = crop_info(image.record.size, image.placement, flipped=False)
-        pixels = latents = None
-        if self.latents is not None:
+        pixels = latents = moments = None
+        if self.latents is not None and self.latents.moments:
+            moments = torch.zeros(8, bucket.h // 8, bucket.w // 8)
+        elif self.latents is not None:
             latents = torch.zeros(4, bucket.h // 8, bucket.w // 8)
         else:
             pixels = torch.zeros(3, bucket.h, bucket.w)
         text = None if self.text is None else self.text.empty
-        return Sample(SampleKey(image.record.key, row.repeat), "", crop, 0.0, pixels, latents, text)
+        return Sample(SampleKey(image.record.key, row.repeat), "", crop, 0.0, pixels, latents, moments, text)
 
     def _collate(self, samples: list[Sample], *, work: Work, num_real: int, failures: tuple[Skipped, ...]) -> Batch:
         ids = legacy_size_ids if self.legacy_crop else size_ids
+        awaited = [sample for sample in samples if sample.awaits is not None]
         weights = [sample.weight for sample in samples[:num_real]] + [0.0] * (len(samples) - num_real)
         return Batch(
             keys=[sample.key for sample in samples],
@@ -142,12 +165,22 @@ class BatchBuilder(Dataset):
             captions=[sample.caption for sample in samples],
             sizes_B6=torch.tensor([ids(sample.crop) for sample in samples], dtype=torch.float32),
             bucket=work.rows.bucket,
-            pixels_B3HW=_stack([sample.pixels_3HW for sample in samples]),
-            latents_B4hw=_stack([sample.latents_4hw for sample in samples]),
+            pixels_B3HW=_stack([sample.pixels_3HW for sample in awaited or samples]),
+            latents_B4hw=_stack(_rows_of("latents_4hw", samples)),
+            moments_B8hw=_stack(_rows_of("moments_8hw", samples)),
+            awaits=tuple(sample.awaits for sample in samples) if awaited else (),
             text=TextCond.cat(texts) if (texts := [s.text for s in samples if s.text is not None]) else None,
             failures=failures,
         )
 
 
-def _stack(rows: list[Tensor | None]) -> Tensor | None:
-    return None if rows[0] is None else torch.stack(rows)
+def _rows_of(name: str, samples: Sequence[Sample]) -> list[Tensor]:
+    """The tensors of this name, zeros for samples that are still to be encoded; none when no sample has one."""
+    rows = [getattr(sample, name) for sample in samples]
+    shapes = {row.shape for row in rows if row is not None}
+    return [torch.zeros(shape) if row is None else row for shape in shapes for row in rows]
+
+
+def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
+    there = [row for row in rows if row is not None]
+    return torch.stack(there) if there else None

@@ -27,6 +27,9 @@ class LatentBackend(Protocol):
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """What is there of every entry; the ranks share the looking."""
 
+    def look_again(self, number: int) -> CacheCheck:
+        """What is there of an entry now: another run may have made it. Called from other threads than `put`."""
+
     def place(self, number: int) -> str:
         """Where an entry lies, in words for the log."""
 
@@ -52,6 +55,10 @@ class MemoryLatents:
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Nothing is there yet."""
         return [CacheCheck("missing")] * self._total
+
+    def look_again(self, number: int) -> CacheCheck:
+        """No other run has access."""
+        return CacheCheck("missing")
 
     def place(self, number: int) -> str:
         """No entry has a place of its own."""
@@ -85,14 +92,15 @@ class NpzEntries:
 
     in_memory = False
 
-    def __init__(self, paths: Sequence[Path], numbers: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[Path], numbers: Sequence[int], *, moments: bool = False) -> None:
         self._paths = list(paths)
+        self._moments = moments
         self._is_there = np.zeros(len(paths), dtype=bool)
         self._is_there[list(numbers)] = True
 
     def read(self, number: int) -> LatentEntry:
         """One entry."""
-        return latent_cache.read(self._paths[number])
+        return latent_cache.read(self._paths[number], moments=self._moments)
 
     def has(self, numbers: np.ndarray) -> np.ndarray:
         """Which of them are known to be right."""
@@ -100,11 +108,23 @@ class NpzEntries:
 
 
 class NpzLatents:
-    """Keeps every entry in a file of sd-scripts' format. `vae_id` names the weights; `skip_check` trusts old files."""
+    """Keeps every entry in a file of sd-scripts' format.
+
+    `vae_id` names the weights; `skip_check` trusts old files; with `moments` the posterior's mean and log-variance are
+    kept too.
+    """
 
     def __init__(
-        self, table: ImageTable, targets: Targets, *, needs_flip: np.ndarray, vae_id: str, skip_check: bool
+        self,
+        table: ImageTable,
+        targets: Targets,
+        *,
+        needs_flip: np.ndarray,
+        vae_id: str,
+        skip_check: bool,
+        moments: bool = False,
     ) -> None:
+        self._moments = moments
         self._table, self._targets = table, targets
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
@@ -121,6 +141,13 @@ class NpzLatents:
         checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking latents")
         self._foreign = {number for number, check in enumerate(checks) if check.status == "foreign"}
         return checks
+
+    def look_again(self, number: int) -> CacheCheck:
+        """Look at its file."""
+        check = self._inspect(number)
+        if check.status == "foreign":
+            self._foreign.add(number)
+        return check
 
     def place(self, number: int) -> str:
         """Its file."""
@@ -140,13 +167,14 @@ class NpzLatents:
                 if (expected := self._expected(number)) is not None:
                     self._index.add(self._paths[number], expected, contents=self._contents(number))
             self._index.save()
-        return NpzEntries(self._paths, right)
+        return NpzEntries(self._paths, right, moments=self._moments)
 
     def _image(self, number: int) -> PlacedImage:
         return self._table[int(self._targets.first[number])]
 
     def _contents(self, number: int) -> str:
-        return "plain and mirrored" if self._needs_flip[number] else "plain"
+        contents = "plain and mirrored" if self._needs_flip[number] else "plain"
+        return f"{contents}, with moments" if self._moments else contents
 
     def _expected(self, number: int) -> str | None:
         """The fingerprint that the entry should have; None when the image has gone since the scan."""
@@ -171,6 +199,7 @@ class NpzLatents:
             path,
             expected,
             need_flipped=bool(self._needs_flip[number]),
+            need_moments=self._moments,
             latent_hw=(bucket.h // CELL, bucket.w // CELL),
             image_path=image.record.path,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from library.data.stores import LatentStore
 from library.data.table import ImageTable
 from library.data.transforms import apply_crop, crop_info, read_record
 from library.diffusion.crops import legacy_crop_ltrb
+from library.diffusion.posterior import sample_posterior
 from library.io.latent_cache import CacheCheck, LatentEntry
 from library.seeds import derive_seed
 
@@ -31,23 +34,32 @@ WAITING_CHUNKS = 4
 """Encoded batches that wait to be stored, at most; the encoder waits when the disk is that far behind."""
 
 LatentEncoder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(pixels_B3HW in [-1, 1], posterior noise_B4hw), both float32 on the CPU -> (unscaled latents_B4hw, finite_B bool)."""
+"""(pixels_B3HW in [-1, 1], posterior noise_B4hw), both float32 on the CPU -> (unscaled latents_B4hw, finite_B bool).
+
+In a pass that keeps moments, moments_B8hw take the place of the latents, and the noise is not used.
+"""
 
 
 @dataclass(frozen=True)
 class LatentCacheOptions:
-    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files."""
+    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files.
+
+    With `moments` the posterior's mean and log-variance are kept with the latents.
+    """
 
     vae_id: str
     to_disk: bool = False
     batch_size: int = 1
     skip_check: bool = False
+    moments: bool = False
 
 
 class Built(NamedTuple):
-    """What a rank brought about: entries by number, what the others need to read them, and failures."""
+    """What a rank brought about: entries by number, made or found to have been made by another run meanwhile; what
+    the others need to read them; and failures."""
 
     numbers: list[int]
+    found: list[int]
     shared: Any
     failed: list[Skipped]
 
@@ -69,24 +81,26 @@ def build_latents(
     random.
     """
     assert not any(subset.random_crop for subset in table.subsets), "a cached image has one crop"
-    work = _Pass(table, options)
+    work = LatentPass(table, options)
     checks = work.backend.look(rank=rank, world=world)
     chunks = _chunks(work, checks, options.batch_size)
     parts = exchange(_build(work, chunks, encode, rank=rank, world=world))
     report = CacheReport(stale=stale_entries(work.backend.place, checks))
     reused = [number for number, check in enumerate(checks) if usable(check)]
+    reused += [number for part in parts for number in part.found]
     built = sorted(number for part in parts for number in part.numbers)
     report.built, report.reused = len(built), len(reused)
     report.failed = [failure for part in parts for failure in part.failed]
     entries = work.backend.entries([part.shared for part in parts], right=[*reused, *built], rank=rank)
-    return LatentStore(work.targets, entries), report
+    return LatentStore(work.targets, entries, moments=options.moments), report
 
 
-class _Pass:
+class LatentPass:
     """What a pass works on: the distinct entries, which of them need the mirror image, and where they are kept."""
 
     def __init__(self, table: ImageTable, options: LatentCacheOptions) -> None:
         self.table = table
+        self.options = options
         self.targets = _targets(table)
         self.needs_flip = np.zeros(len(self.targets), dtype=bool)
         rows = table.rows
@@ -101,6 +115,7 @@ class _Pass:
                 needs_flip=self.needs_flip,
                 vae_id=options.vae_id,
                 skip_check=options.skip_check,
+                moments=options.moments,
             )
 
     def image(self, number: int) -> PlacedImage:
@@ -119,7 +134,7 @@ def _targets(table: ImageTable) -> Targets:
     return group_targets(rows, columns, total=len(table))
 
 
-def _chunks(work: _Pass, checks: Sequence[CacheCheck], batch_size: int) -> list[Sequence[int]]:
+def _chunks(work: LatentPass, checks: Sequence[CacheCheck], batch_size: int) -> list[Sequence[int]]:
     """Numbers of the entries to encode, in batches of one bucket, smallest buckets first."""
     groups: defaultdict[tuple, list[int]] = defaultdict(list)
     for number, check in enumerate(checks):
@@ -129,8 +144,22 @@ def _chunks(work: _Pass, checks: Sequence[CacheCheck], batch_size: int) -> list[
     return [chunk for key in sorted(groups) for chunk in chunked(groups[key], batch_size)]
 
 
+def _scattered(work: LatentPass, chunks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """The chunks of each bucket from a random one on.
+
+    Two runs that build one cache at the same time must not go through it side by side: what one of them has made, the
+    other only finds when it comes there later.
+    """
+    scattered: list[Sequence[int]] = []
+    for _, group in groupby(chunks, key=lambda chunk: work.table.placement(int(work.targets.first[chunk[0]])).bucket):
+        alike = list(group)
+        offset = secrets.randbelow(len(alike))
+        scattered += [*alike[offset:], *alike[:offset]]
+    return scattered
+
+
 def _build(
-    work: _Pass,
+    work: LatentPass,
     chunks: Sequence[Sequence[int]],
     encode: Callable[[], LatentEncoder],
     *,
@@ -139,8 +168,9 @@ def _build(
 ) -> Built:
     """Encode this rank's chunks: images are decoded ahead of the encoder, entries are stored behind it."""
     numbers: list[int] = []
+    found: list[int] = []
     failed: list[Skipped] = []
-    mine = chunks[rank::world]
+    mine = _scattered(work, chunks[rank::world])
     if mine:
         encoder = encode()
         title = "caching latents" if world == 1 else f"caching latents, process {rank + 1} of {world}"
@@ -151,15 +181,17 @@ def _build(
             closing(ahead(_prepared(work, mine))) as prepared,
         ):
             for chunk in prepared:
-                entries, not_finite = encode_chunk(chunk, encoder)
-                behind.put(partial(_store, work.backend, entries))
+                entries, not_finite = encode_chunk(chunk, encoder, moments=work.options.moments)
+                behind.put(partial(store, work.backend, entries))
+                found += chunk.found
                 failed += [*chunk.failed, *not_finite]
                 numbers += [number for number, _ in entries]
                 bar.update(chunk.size)
-    return Built(numbers, work.backend.share(), failed)
+    return Built(numbers, found, work.backend.share(), failed)
 
 
-def _store(backend: LatentBackend, entries: Sequence[tuple[int, LatentEntry]]) -> None:
+def store(backend: LatentBackend, entries: Sequence[tuple[int, LatentEntry]]) -> None:
+    """Keep numbered entries."""
     for number, entry in entries:
         backend.put(number, entry)
 
@@ -169,19 +201,21 @@ class Chunk:
     """Images of one bucket that are ready for the encoder.
 
     `images` and `numbers` of those that could be decoded, in the order of `pixels_B3HW` (float32, [-1, 1]; None when
-    there are none); noise for the posterior of the image and of its mirror image, where that is wanted.
+    there are none); noise for the posterior of the image and of its mirror image, where that is wanted. `found` are
+    the numbers of entries that another run has made since the pass began.
     """
 
     size: int
     numbers: list[int]
     images: list[PlacedImage]
     failed: list[Skipped]
+    found: Sequence[int] = ()
     pixels_B3HW: Tensor | None = None
     noise_B4hw: Tensor | None = None
     flipped_noise_B4hw: Tensor | None = None
 
 
-def _prepared(work: _Pass, chunks: Sequence[Sequence[int]]) -> Generator[Chunk, None, None]:
+def _prepared(work: LatentPass, chunks: Sequence[Sequence[int]]) -> Generator[Chunk, None, None]:
     """Every chunk, decoded and converted.
 
     Bound of memory: as many whole pictures as there are helpers, and crops of twice as many pictures and one chunk.
@@ -193,7 +227,7 @@ def _prepared(work: _Pass, chunks: Sequence[Sequence[int]]) -> Generator[Chunk, 
         try:
             for chunk in chunks:
                 while submitted < len(chunks) and (not waiting or waiting_images < 2 * helpers):
-                    waiting.append([pool.submit(_decode, work.image(number)) for number in chunks[submitted]])
+                    waiting.append([pool.submit(_decode_unless_there, work, n) for n in chunks[submitted]])
                     waiting_images += len(chunks[submitted])
                     submitted += 1
                 decoded = [future.result() for future in waiting.popleft()]
@@ -203,22 +237,39 @@ def _prepared(work: _Pass, chunks: Sequence[Sequence[int]]) -> Generator[Chunk, 
             pool.shutdown(cancel_futures=True)
 
 
-def _ready(work: _Pass, chunk: Sequence[int], decoded: Sequence[np.ndarray | Skipped]) -> Chunk:
+def _ready(work: LatentPass, numbers: Sequence[int], decoded: Sequence[np.ndarray | Skipped | None]) -> Chunk:
     failed = [pixels for pixels in decoded if isinstance(pixels, Skipped)]
-    good = [(n, to_pixels(pixels)) for n, pixels in zip(chunk, decoded, strict=True) if not isinstance(pixels, Skipped)]
-    numbers = [number for number, _ in good]
+    found = [number for number, pixels in zip(numbers, decoded, strict=True) if pixels is None]
+    good = {n: to_pixels(pixels) for n, pixels in zip(numbers, decoded, strict=True) if isinstance(pixels, np.ndarray)}
+    return make_chunk(work, good, failed=failed, found=found)
+
+
+def make_chunk(
+    work: LatentPass, pixels_3HW: Mapping[int, Tensor], *, failed: Sequence[Skipped] = (), found: Sequence[int] = ()
+) -> Chunk:
+    """The chunk of the entries whose plain images are given, all of one bucket and alike in `flip_aug`."""
+    numbers = list(pixels_3HW)
     images = [work.image(number) for number in numbers]
-    if not good:
-        return Chunk(len(chunk), numbers, images, failed)
+    size = len(numbers) + len(failed) + len(found)
+    if not numbers:
+        return Chunk(size, numbers, images, list(failed), found)
     return Chunk(
-        len(chunk),
+        size,
         numbers,
         images,
-        failed,
-        torch.stack([pixels_3HW for _, pixels_3HW in good]),
+        list(failed),
+        found,
+        torch.stack(list(pixels_3HW.values())),
         posterior_noise(images, "plain"),
         posterior_noise(images, "flipped") if work.needs_flip[numbers[0]] else None,
     )
+
+
+def _decode_unless_there(work: LatentPass, number: int) -> np.ndarray | Skipped | None:
+    """The cropped image; None when another run has made the entry by now."""
+    if usable(work.backend.look_again(number)):
+        return None
+    return _decode(work.image(number))
 
 
 def _decode(image: PlacedImage) -> np.ndarray | Skipped:
@@ -231,28 +282,54 @@ def _decode(image: PlacedImage) -> np.ndarray | Skipped:
         return Skipped.because_of(record.path, error)
 
 
-def encode_chunk(chunk: Chunk, encoder: LatentEncoder) -> tuple[list[tuple[int, LatentEntry]], list[Skipped]]:
+def encode_chunk(
+    chunk: Chunk, encoder: LatentEncoder, *, moments: bool = False
+) -> tuple[list[tuple[int, LatentEntry]], list[Skipped]]:
     """The entries of a chunk with their numbers, and the images that have no finite latents."""
     if chunk.pixels_B3HW is None or chunk.noise_B4hw is None:
         return [], []
-    latents_B4hw, finite_B = encoder(chunk.pixels_B3HW, chunk.noise_B4hw)
-    flipped_B4hw = None
+    plain, finite_B = _encode(encoder, chunk.pixels_B3HW, chunk.noise_B4hw, moments=moments)
+    mirrored = _Encoded()
     if chunk.flipped_noise_B4hw is not None:
-        flipped_B4hw, also_finite_B = encoder(chunk.pixels_B3HW.flip(-1), chunk.flipped_noise_B4hw)
+        flipped_B3HW = chunk.pixels_B3HW.flip(-1)
+        mirrored, also_finite_B = _encode(encoder, flipped_B3HW, chunk.flipped_noise_B4hw, moments=moments)
         finite_B = finite_B & also_finite_B
     entries, failed = [], []
     for position, (number, image) in enumerate(zip(chunk.numbers, chunk.images, strict=True)):
         if not finite_B[position]:
             failed.append(Skipped(image.record.path, "the VAE gives no finite latents, in float32 neither"))
             continue
+        latents_4hw = plain.row("latents_B4hw", position)
+        assert latents_4hw is not None
         entry = LatentEntry(
-            latents_4hw=latents_B4hw[position].float().cpu().clone(),
-            flipped_4hw=None if flipped_B4hw is None else flipped_B4hw[position].float().cpu().clone(),
+            latents_4hw=latents_4hw,
+            flipped_4hw=mirrored.row("latents_B4hw", position),
             original=image.record.size,
             crop_ltrb=legacy_crop_ltrb(image.placement.bucket, image.record.size),
+            moments_8hw=plain.row("moments_B8hw", position),
+            flipped_moments_8hw=mirrored.row("moments_B8hw", position),
         )
         entries.append((number, entry))
     return entries, failed
+
+
+class _Encoded(NamedTuple):
+    latents_B4hw: Tensor | None = None
+    moments_B8hw: Tensor | None = None
+
+    def row(self, name: str, position: int) -> Tensor | None:
+        """A copy of one row, float32 on the CPU."""
+        rows = getattr(self, name)
+        return None if rows is None else rows[position].float().cpu().clone()
+
+
+def _encode(
+    encoder: LatentEncoder, pixels_B3HW: Tensor, noise_B4hw: Tensor, *, moments: bool
+) -> tuple[_Encoded, Tensor]:
+    encoded, finite_B = encoder(pixels_B3HW, noise_B4hw)
+    if moments:
+        return _Encoded(sample_posterior(encoded, noise_B4hw), encoded), finite_B
+    return _Encoded(encoded), finite_B
 
 
 def posterior_noise(images: Sequence[PlacedImage], purpose: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,19 +33,45 @@ class Entries(Protocol[Entry]):
         """For every number, bool, whether there is such an entry."""
 
 
+class CachedLatents(NamedTuple):
+    """What the cache has of an image or of its mirror image: latents (4, h, w) float32, as the VAE gave them (not
+    scaled), and the moments (8, h, w) of the posterior they were drawn from, where those are kept."""
+
+    latents_4hw: Tensor
+    moments_8hw: Tensor | None = None
+
+
 class LatentStore:
-    """Latents by row of the table of images, float32 (4, h, w), as the VAE gave them (not scaled)."""
+    """Latents by row of the table of images; with `moments` they come with the moments of their posterior.
 
-    def __init__(self, targets: Targets, entries: Entries[LatentEntry]) -> None:
+    `is_filling`: entries that are not there are made when they are first used.
+    """
+
+    def __init__(
+        self, targets: Targets, entries: Entries[LatentEntry], *, moments: bool = False, is_filling: bool = False
+    ) -> None:
         self._targets, self._entries = targets, entries
+        self.moments, self.is_filling = moments, is_filling
 
-    def get(self, row: int, *, flipped: bool) -> Tensor:
+    def get(self, row: int, *, flipped: bool) -> CachedLatents:
         """The latents of the image or of its mirror image. Raises UserError when a cache file cannot be read."""
-        entry = self._entries.read(int(self._targets.number_of[row]))
+        return self.of_entry(self._entries.read(self.number(row)), flipped=flipped)
+
+    def of_entry(self, entry: LatentEntry, *, flipped: bool) -> CachedLatents:
+        """What a batch needs of an entry."""
         latents = entry.flipped_4hw if flipped else entry.latents_4hw
-        if latents is None:
-            raise KeyError(f"row {row} has no mirrored latents")
-        return latents
+        moments = entry.flipped_moments_8hw if flipped else entry.moments_8hw
+        if latents is None or (self.moments and moments is None):
+            raise KeyError("the entry has no mirrored latents" if flipped else "the entry has no moments")
+        return CachedLatents(latents, moments if self.moments else None)
+
+    def awaits(self, row: int) -> bool:
+        """Whether a row's latents are still to be made, by a run that fills the cache while it trains."""
+        return self.is_filling and not bool(self.has(np.array([row]))[0])
+
+    def number(self, row: int) -> int:
+        """The number of the entry that a row uses."""
+        return int(self._targets.number_of[row])
 
     def has(self, rows: np.ndarray) -> np.ndarray:
         """For every row, bool, whether its latents are there."""
@@ -53,8 +79,8 @@ class LatentStore:
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading needs no file."""
-        return self._entries.in_memory
+        """Whether batches need no file."""
+        return self._entries.in_memory and not self.is_filling
 
 
 class TextStore:

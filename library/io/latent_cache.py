@@ -1,7 +1,8 @@
 """Cached latents, one .npz per image in sd-scripts' format, plus what the entry was made from.
 
 Keys: `latents` float32 (4, h, w), `latents_flipped` alike (the encoded mirror image, optional), `original_size` int64
-[w, h], `crop_ltrb` float64 (4,); ours add `fingerprint` (JSON, 0-d text) and `fingerprint_crc`. Latents are as the VAE
+[w, h], `crop_ltrb` float64 (4,); ours add `fingerprint` (JSON, 0-d text) and `fingerprint_crc`, and where they are
+wanted `moments` and `moments_flipped`, float32 (8, h, w): the posterior's mean and log-variance. Latents are as the VAE
 gives them, without the scaling factor. Source: spec cache_formats.md §1.
 """
 
@@ -24,6 +25,7 @@ Status = Literal["missing", "valid", "stale", "foreign", "broken"]
 
 _CHECKSUMS = "fingerprint_crc"
 _DATA_KEYS = ("latents", "original_size", "crop_ltrb", "latents_flipped")
+_MOMENT_KEYS = ("moments", "moments_flipped")
 
 
 class CacheCheck(NamedTuple):
@@ -37,6 +39,8 @@ class CacheCheck(NamedTuple):
 class LatentEntry:
     """One image's latents (4, h, w) float32, unscaled, and those of its mirror image.
 
+    Where they are wanted, also the posteriors' moments, float32 (8, h, w): mean, then log-variance.
+
     `crop_ltrb` holds sd-scripts' numbers for its own readers (`legacy_crop_ltrb` of bucket and image), never the real
     crop, whoever wrote the file: take that from the placement. `fingerprint` is None in files of other programs.
     """
@@ -46,6 +50,8 @@ class LatentEntry:
     original: Size
     crop_ltrb: tuple[float, float, float, float]
     fingerprint: str | None = None
+    moments_8hw: Tensor | None = None
+    flipped_moments_8hw: Tensor | None = None
 
 
 def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Path:
@@ -58,8 +64,8 @@ def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Pat
 def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str) -> None:
     """Write the entry atomically; keys of other programs in an existing file stay.
 
-    Of an existing file, mirror latents and an alpha mask of another size go when the new entry does not bring them:
-    they belonged to the latents being replaced.
+    Of an existing file, mirror latents, moments and an alpha mask of another size go when the new entry does not bring
+    them: they belonged to the latents being replaced.
     """
     latents = _float32(entry.latents_4hw)
     arrays = {"latents": latents}
@@ -68,15 +74,19 @@ def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str) ->
     arrays["original_size"] = np.array(entry.original, dtype=np.int64)
     arrays["crop_ltrb"] = np.array(entry.crop_ltrb, dtype=np.float64)
     arrays["fingerprint"] = np.array(fingerprint)
-    drop = {"latents_flipped"}
+    for key, moments in zip(_MOMENT_KEYS, (entry.moments_8hw, entry.flipped_moments_8hw), strict=True):
+        if moments is not None:
+            arrays[key] = _float32(moments)
+    drop = {"latents_flipped", *_MOMENT_KEYS}
     if _alpha_shape(path) != (latents.shape[1] * 8, latents.shape[2] * 8):
         drop.add("alpha_mask")
     npz_file.write_arrays(path, arrays, drop=drop, checksum_key=_CHECKSUMS)
 
 
-def read(path: str | os.PathLike[str]) -> LatentEntry:
-    """Read an entry; raises UserError naming the file when it is damaged or lacks latents."""
-    arrays = npz_file.read_entry(path, (*_DATA_KEYS, "fingerprint"), required=_DATA_KEYS[:3])
+def read(path: str | os.PathLike[str], *, moments: bool = False) -> LatentEntry:
+    """Read an entry, with its moments if asked; raises UserError naming the file when it is damaged or lacks them."""
+    wanted = (*_DATA_KEYS, "fingerprint", *(_MOMENT_KEYS if moments else ()))
+    arrays = npz_file.read_entry(path, wanted, required=_DATA_KEYS[:3] + _MOMENT_KEYS[:moments])
     flipped = arrays.get("latents_flipped")
     left, top, right, bottom = (float(edge) for edge in arrays["crop_ltrb"])
     width, height = (int(side) for side in arrays["original_size"])
@@ -86,6 +96,8 @@ def read(path: str | os.PathLike[str]) -> LatentEntry:
         original=Size(width, height),
         crop_ltrb=(left, top, right, bottom),
         fingerprint=str(arrays["fingerprint"]) if "fingerprint" in arrays else None,
+        moments_8hw=_tensor(arrays.get("moments")),
+        flipped_moments_8hw=_tensor(arrays.get("moments_flipped")),
     )
 
 
@@ -107,6 +119,7 @@ def inspect(
     *,
     need_flipped: bool,
     latent_hw: tuple[int, int],
+    need_moments: bool = False,
     image_path: str | os.PathLike[str] | None = None,
 ) -> CacheCheck:
     """Decide whether a cache file can be used for an image that should have `expected` as its fingerprint.
@@ -122,10 +135,15 @@ def inspect(
     except npz_file.BrokenArchive as error:
         return CacheCheck("broken", (str(error),))
     reasons = _misfits(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw)
+    if need_moments:
+        wanted = _MOMENT_KEYS if need_flipped else _MOMENT_KEYS[:1]
+        if any(found.shapes.get(key, ())[-2:] != tuple(latent_hw) for key in wanted):
+            reasons = (*reasons, "no mean and variance")
     if reasons:
         return CacheCheck("stale", reasons)
     if not _is_ours(found):
-        return CacheCheck("foreign")
+        # Other programs that rewrite latents leave our keys as they are.
+        return CacheCheck("stale", ("latents of another program",)) if need_moments else CacheCheck("foreign")
     reasons = fp.changes(str(found.arrays["fingerprint"]), expected, image_path=image_path)
     return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
 
@@ -157,6 +175,10 @@ def _alpha_shape(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
         return npz_file.peek(path).shapes.get("alpha_mask")
     except npz_file.BrokenArchive:
         return None
+
+
+def _tensor(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array).float()
 
 
 def _float32(latents: Tensor | np.ndarray) -> np.ndarray:

@@ -162,7 +162,7 @@ def test_cached_latents_are_what_the_vae_gives(config, bundle):
     for row, image in enumerate(data.table):
         pixels_3HW, _ = load_sample(read_record(image.record), image.placement)
         expected = sdxl.encode_image(bundle.vae, pixels_3HW[None], posterior_noise([image], "plain"))[0]
-        assert torch.allclose(store.get(row, flipped=False), expected, atol=1e-4)
+        assert torch.allclose(store.get(row, flipped=False).latents_4hw, expected, atol=1e-4)
         path = latent_cache.latent_cache_path(image.record.path, image.record.size)
         assert latent_cache.read(path).flipped_4hw is None
 

@@ -112,7 +112,7 @@ def test_flip_aug_added_later_adds_the_mirror_images(folder):
     assert figures(report) == (NUM, 0, NUM, 0)
     assert {stale.reason for stale in report.stale} == {"no latents of the mirrored image"}
     for row in range(NUM):
-        plain, mirrored = (store.get(row, flipped=flip) for flip in (False, True))
+        plain, mirrored = (store.get(row, flipped=flip).latents_4hw for flip in (False, True))
         assert torch.allclose(plain.flip(-1), mirrored, atol=1e-6)
     _, report = build(images_of(folder))
     assert figures(report) == (0, NUM, 0, 0)
@@ -149,7 +149,7 @@ def test_files_of_sd_scripts_are_used_when_their_shape_fits(folder):
         )
     store, report = build(images)
     assert figures(report) == (1, NUM - 1, 1, 0)
-    assert store.get(3, flipped=False).unique().tolist() == [3.0]
+    assert store.get(3, flipped=False).latents_4hw.unique().tolist() == [3.0]
 
 
 def test_sd_scripts_finds_what_it_expects_in_our_files(folder):
@@ -214,7 +214,7 @@ def test_latents_do_not_depend_on_the_batch(tmp_path, to_disk):
         stores.append(build(images, encode=Counting(encode), batch_size=batch_size, to_disk=to_disk)[0])
     for row in range(NUM):
         for flip in (False, True):
-            one, two = (store.get(row, flipped=flip) for store in stores)
+            one, two = (store.get(row, flipped=flip).latents_4hw for store in stores)
             assert torch.equal(one, two)
 
 
@@ -243,7 +243,7 @@ def test_images_that_share_a_name_do_not_overwrite_each_other(tmp_path):
     store, report = build(images)
     assert figures(report) == (4, 0, 0, 0)
     assert len(list(folder.glob("a_0064x0064_sdxl*.npz"))) == 4
-    assert len({store.get(row, flipped=False).sum().item() for row in range(4)}) == 4
+    assert len({store.get(row, flipped=False).latents_4hw.sum().item() for row in range(4)}) == 4
     images, _ = assemble([small, large])
     assert figures(build(images)[1]) == (0, 4, 0, 0)
 
@@ -273,8 +273,8 @@ def test_two_ranks_share_the_work_and_both_have_everything(folder, to_disk, monk
     assert all(encode.images > 0 for encode in encoders) and sum(encode.images for encode in encoders) == NUM - 1
     assert report_0 == report_1 and figures(report_0) == (NUM - 1, 0, 0, 1)
     for row in (row for row in range(NUM) if not images[row].record.path.endswith("p2.png")):
-        one, two = (store.get(row, flipped=False) for store in (store_0, store_1))
-        assert torch.equal(one, two) and torch.equal(one, alone.get(row, flipped=False))
+        one, two = (store.get(row, flipped=False).latents_4hw for store in (store_0, store_1))
+        assert torch.equal(one, two) and torch.equal(one, alone.get(row, flipped=False).latents_4hw)
 
 
 def test_one_process_has_nothing_to_exchange():
