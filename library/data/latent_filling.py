@@ -43,7 +43,7 @@ class LatentFiller:
 
     `encode` is called once, and only when something is missing; `done` when nothing is any more. Every rank fills in
     what it meets; after each epoch the ranks tell each other (`end_epoch`). An image without finite latents costs its
-    samples, as without a cache.
+    samples, as without a cache. `is_complete`: whether the ranks found at their last meeting that nothing is missing.
     """
 
     def __init__(
@@ -63,17 +63,13 @@ class LatentFiller:
         self._right = {number for number, check in enumerate(checks) if usable(check)}
         self._made: dict[int, LatentEntry] = {}
         self._built: set[int] = set()
+        self.is_complete = False
         self._failed: dict[int, Skipped] = {}
         stale = stale_entries(self._work.backend.place, checks)
         log.info(f"latents: {len(self._right)} cached, {self._missing()} to be cached when met, {len(stale)} stale")
         self._encoder = encode() if self._missing() else None
         self._behind = Behind(waiting=WAITING_CHUNKS)
         self._behind.__enter__()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to be encoded."""
-        return not self._missing()
 
     def store(self) -> LatentStore:
         """What is there by now; a collective call."""
@@ -84,6 +80,7 @@ class LatentFiller:
         shared = [part for _, _, part in parts]
         entries = self._work.backend.entries(shared, right=sorted(self._right), rank=self._rank)
         moments = self._work.options.moments
+        self.is_complete = not self._missing()
         return LatentStore(self._work.targets, entries, moments=moments, is_filling=not self.is_complete)
 
     def fill(self, batch: Batch) -> Batch:
