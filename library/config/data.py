@@ -123,6 +123,12 @@ class DataOptions(Group):
     cache_latents_to_disk: bool = option(
         False, "keep the latents on disk (see cache_store and cache_dir)", acts=TRAINER | LATENTS
     )
+    cache_latents_moments: bool = option(
+        False, "cache the VAE's mean and variance, so that every epoch draws fresh latents", acts=TRAINER | LATENTS
+    )
+    cache_in_background: bool = option(
+        False, "start training at once and cache each image when it is first used", acts=TRAINER
+    )
     cache_text_encoder_outputs: bool = option(
         False, "encode all captions once before training; the text encoders are then not trained", acts=TRAINER | TEXTS
     )

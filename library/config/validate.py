@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.config.fields import ADMIN, GENERATOR, SHARED, TRAINER
+from library.config.fields import ADMIN, GENERATOR, LATENTS, SHARED, TRAINER
 from library.config.run_config import RunConfig
 from library.config.values import shown
 from library.errors import Problem
@@ -91,6 +91,16 @@ def metadata_has_no_regularisation(cfg: RunConfig) -> list[Problem]:
         "reg_data_dir",
         fix="describe both in a dataset_config: one dataset with metadata_file, one of folders with is_reg",
     )
+
+
+@rule("cache_latents", "cache_latents_moments", "cache_in_background", runs=TRAINER | LATENTS)
+def latents_are_cached(cfg: RunConfig) -> list[Problem]:
+    """What is said about the cache of latents needs one."""
+    names = [name for name in ("cache_latents_moments", "cache_in_background") if cfg.get(name)]
+    if cfg.data.cache_latents or not names:
+        return []
+    what = f"{' and '.join(names)} need{'s' if len(names) == 1 else ''} cache_latents"
+    return conflict(cfg, what, *names, fix="add cache_latents, or cache_latents_to_disk")
 
 
 @rule("cache_text_encoder_outputs", "network_train_unet_only")

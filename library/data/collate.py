@@ -7,6 +7,7 @@ which worker builds it or on what was built before.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
 from library.data.transforms import crop_info, read_control, read_pictures
-from library.data.types import Batch, SampleKey
+from library.data.types import Awaited, Batch, SampleKey
 from library.diffusion.conditioning import TextCond
 from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
 from library.diffusion.masks import CELL, mask_cells
@@ -39,7 +40,11 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One finished row: what it shows (exactly one of `pixels_3HW` and `latents_4hw` is set) and what goes with it."""
+    """One finished row: what it shows (exactly one of `pixels_3HW`, `latents_4hw` and `moments_8hw` is set) and what
+    goes with it.
+
+    `awaits` is set when the pixels, of the plain image, are there to be encoded for the cache first.
+    """
 
     key: SampleKey
     caption: str
@@ -47,9 +52,11 @@ class Sample:
     weight: float
     pixels_3HW: Tensor | None = None
     latents_4hw: Tensor | None = None
+    moments_8hw: Tensor | None = None
     mask_1hw: Tensor | None = None
     control_3HW: Tensor | None = None
     text: TextCond | None = None
+    awaits: Awaited | None = None
 
 
 class BatchBuilder(Dataset):
@@ -108,21 +115,37 @@ class BatchBuilder(Dataset):
         """What a sample shows, without its text; from the cache when there is one."""
         record, filter_name = image.record, image.record.subset.resize_interpolation
         key = SampleKey(record.key, row.repeat)
-        if self.latents is not None:
-            latents, mask, _ = self.latents.get(row.image, flipped=flip)
+        if self.latents is not None and not self.latents.awaits(row.image):
             crop = crop_info(record.size, image.placement, flipped=flip)
-            sample = Sample(key, "", crop, record.weight, latents_4hw=latents, mask_1hw=mask)
+            sample = self._cached(key, crop, row, weight=record.weight)
             control_HW3 = read_control(record)
         else:
-            image_HW3, mask_HW, control_HW3 = read_pictures(record)
+            image_HW3, mask_HW, control_HW3 = read_pictures(record, image.placement)
             pixels, crop = load_sample(
-                image_HW3, image.placement, flip=flip, crop_rng=crop_rng, interpolation=filter_name
+                image_HW3,
+                image.placement,
+                original=record.size,
+                flip=flip,
+                crop_rng=crop_rng,
+                interpolation=filter_name,
             )
             mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]
-            sample = Sample(key, "", crop, record.weight, pixels_3HW=pixels, mask_1hw=mask)
+            awaits = None
+            if self.latents is not None:
+                awaits = Awaited(row.image, flip)
+                pixels = pixels.flip(-1) if flip else pixels
+            sample = Sample(key, "", crop, record.weight, pixels_3HW=pixels, mask_1hw=mask, awaits=awaits)
         if control_HW3 is None:
             return sample
         return replace(sample, control_3HW=cut_control(control_HW3, crop, interpolation=filter_name))
+
+    def _cached(self, key: SampleKey, crop: CropInfo, row: Row, *, weight: float) -> Sample:
+        """Latents or, where they are kept, the moments from which every epoch draws its own."""
+        assert self.latents is not None
+        latents, mask, moments = self.latents.get(row.image, flipped=crop.flipped)
+        if moments is None:
+            return Sample(key, "", crop, weight, latents_4hw=latents, mask_1hw=mask)
+        return Sample(key, "", crop, weight, moments_8hw=moments, mask_1hw=mask)
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])
@@ -137,19 +160,25 @@ class BatchBuilder(Dataset):
         bucket = image.placement.bucket
         crop = crop_info(image.record.size, image.placement, flipped=False)
         blank_3HW = torch.zeros(3, bucket.h, bucket.w)
+        cells = (bucket.h // CELL, bucket.w // CELL)
+        shown: dict[str, Tensor] = {"pixels_3HW": blank_3HW}
+        if self.latents is not None:
+            shown = {"moments_8hw": torch.zeros(8, *cells)}
+            if not self.latents.moments:
+                shown = {"latents_4hw": torch.zeros(4, *cells)}
         return Sample(
             SampleKey(image.record.key, row.repeat),
             "",
             crop,
             0.0,
-            pixels_3HW=blank_3HW if self.latents is None else None,
-            latents_4hw=None if self.latents is None else torch.zeros(4, bucket.h // CELL, bucket.w // CELL),
             control_3HW=None if image.record.control is None else blank_3HW,
             text=None if self.text is None else self.text.empty,
+            **shown,
         )
 
     def _collate(self, samples: list[Sample], *, work: Work, num_real: int, failures: tuple[Skipped, ...]) -> Batch:
         ids = legacy_size_ids if self.legacy_crop else size_ids
+        awaited = [sample for sample in samples if sample.awaits is not None]
         weights = [sample.weight for sample in samples[:num_real]] + [0.0] * (len(samples) - num_real)
         return Batch(
             keys=[sample.key for sample in samples],
@@ -158,17 +187,15 @@ class BatchBuilder(Dataset):
             captions=[sample.caption for sample in samples],
             sizes_B6=torch.tensor([ids(sample.crop) for sample in samples], dtype=torch.float32),
             bucket=work.rows.bucket,
-            pixels_B3HW=_stack([sample.pixels_3HW for sample in samples]),
-            latents_B4hw=_stack([sample.latents_4hw for sample in samples]),
+            pixels_B3HW=_stack([sample.pixels_3HW for sample in awaited or samples]),
+            latents_B4hw=_stack(_rows_of("latents_4hw", samples)),
+            moments_B8hw=_stack(_rows_of("moments_8hw", samples)),
+            awaits=tuple(sample.awaits for sample in samples) if awaited else (),
             mask_B1hw=_masks(samples, work.rows.bucket),
             control_B3HW=_stack([sample.control_3HW for sample in samples]),
             text=TextCond.cat(texts) if (texts := [s.text for s in samples if s.text is not None]) else None,
             failures=failures,
         )
-
-
-def _stack(rows: list[Tensor | None]) -> Tensor | None:
-    return None if rows[0] is None else torch.stack(rows)
 
 
 def _masks(samples: list[Sample], bucket: Size) -> Tensor | None:
@@ -177,3 +204,15 @@ def _masks(samples: list[Sample], bucket: Size) -> Tensor | None:
         return None
     ones_1hw = torch.ones(1, bucket.h // CELL, bucket.w // CELL)
     return torch.stack([ones_1hw if sample.mask_1hw is None else sample.mask_1hw for sample in samples])
+
+
+def _rows_of(name: str, samples: Sequence[Sample]) -> list[Tensor]:
+    """The tensors of this name, zeros for samples that are still to be encoded; none when no sample has one."""
+    rows = [getattr(sample, name) for sample in samples]
+    shapes = {row.shape for row in rows if row is not None}
+    return [torch.zeros(shape) if row is None else row for shape in shapes for row in rows]
+
+
+def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
+    there = [row for row in rows if row is not None]
+    return torch.stack(there) if there else None

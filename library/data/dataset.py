@@ -18,6 +18,7 @@ from library.data import report
 from library.data.assemble import assemble, balance_reg, group_into_pools
 from library.data.batching import Pool, count_steps, epoch_plan, rank_rows
 from library.data.collate import BatchBuilder, Work
+from library.data.latent_filling import LatentFiller
 from library.data.records import ImageRecord, ScanReport, Skipped
 from library.data.report import DataSummary
 from library.data.stores import LatentStore, TextStore
@@ -89,6 +90,7 @@ class TrainData:
         self.scan_report = scan_report
         self._num_workers = min(settings.num_workers, os.cpu_count() or 1)
         self._latents: LatentStore | None = None
+        self._filler: LatentFiller | None = None
         self._text: TextStore | None = None
         self._total_steps: int | None = None
         self._reported: set[str] = set()
@@ -154,6 +156,26 @@ class TrainData:
         if self.validation is not None:
             self.validation.attach_latents(store)
 
+    def fill_latents(self, filler: LatentFiller) -> None:
+        """Take images from the cache that `filler` completes while the epochs run. A collective call."""
+        self._filler = filler
+        self._take_filled()
+
+    def finish_filling(self) -> None:
+        """Tell the other ranks what was made since the last full epoch. A collective call at the end of a run."""
+        if self._filler is not None and not self._filler.is_complete:
+            self._take_filled()
+
+    def close(self) -> None:
+        """Store latents that are still to be stored."""
+        if self._filler is not None:
+            self._filler.close()
+
+    def _take_filled(self) -> None:
+        assert self._filler is not None
+        self._latents = self._filler.end_epoch()
+        self._loader = None
+
     def attach_text(self, store: TextStore) -> None:
         """Take encoded captions from `store` from now on; captions are no longer tokenised."""
         missing = self.table.images[~store.has(self.table.images)]
@@ -190,6 +212,8 @@ class TrainData:
             group = plan[step]
             micro_batches = [self._finish(next(batches)) for _ in group]
             yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
+        if self._latents is not None and self._latents.is_filling:
+            self._take_filled()
 
     def summary(self) -> DataSummary:
         """Counts for the plan that is printed before training; tokens are counted once, by the first rank."""
@@ -251,6 +275,8 @@ class TrainData:
             if path not in self._reported:
                 self._reported.add(path)
                 log.warning("skipped in training: %s: %s", path, reason)
+        if self._filler is not None:
+            batch = self._filler.fill(batch)
         if batch.text is None and self.settings.tokenize is not None:
             return replace(batch, tokens=self.settings.tokenize(batch.captions))
         return batch

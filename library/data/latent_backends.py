@@ -15,7 +15,7 @@ from library.data.caching import Targets, entry_paths, inspect_all, usable
 from library.data.records import PlacedImage
 from library.data.stores import Entries, small_mask
 from library.data.table import ImageTable
-from library.data.transforms import crop_info
+from library.data.transforms import crop_info, decode_scale
 from library.io import fingerprint, latent_cache
 from library.io.fingerprint import ImageStamp
 from library.io.latent_cache import CELL, CacheCheck, LatentEntry, MaskSource
@@ -26,6 +26,9 @@ class LatentBackend(Protocol):
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """What is there of every entry; the ranks share the looking."""
+
+    def look_again(self, number: int) -> CacheCheck:
+        """What is there of an entry now: another run may have made it. Called from other threads than `put`."""
 
     def place(self, number: int) -> str:
         """Where an entry lies, in words for the log."""
@@ -55,6 +58,10 @@ class MemoryLatents:
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Nothing is there yet."""
         return [CacheCheck("missing")] * self._total
+
+    def look_again(self, number: int) -> CacheCheck:
+        """No other run has access."""
+        return CacheCheck("missing")
 
     def place(self, number: int) -> str:
         """No entry has a place of its own."""
@@ -91,15 +98,17 @@ class NpzEntries:
 
     in_memory = False
 
-    def __init__(self, paths: Sequence[Path], numbers: Sequence[int], *, has_mask: np.ndarray) -> None:
+    def __init__(
+        self, paths: Sequence[Path], numbers: Sequence[int], *, has_mask: np.ndarray, moments: bool = False
+    ) -> None:
         self._paths = list(paths)
-        self._has_mask = has_mask
+        self._has_mask, self._moments = has_mask, moments
         self._is_there = np.zeros(len(paths), dtype=bool)
         self._is_there[list(numbers)] = True
 
     def read(self, number: int) -> LatentEntry:
         """One entry."""
-        return latent_cache.read(self._paths[number], with_mask=bool(self._has_mask[number]))
+        return latent_cache.read(self._paths[number], with_mask=bool(self._has_mask[number]), moments=self._moments)
 
     def has(self, numbers: np.ndarray) -> np.ndarray:
         """Which of them are known to be right."""
@@ -109,7 +118,8 @@ class NpzEntries:
 class NpzLatents:
     """Keeps every entry in a file of sd-scripts' format. `vae_id` names the weights; `skip_check` trusts old files.
 
-    New files go where `place` says; one beside the image that is right is used all the same.
+    New files go where `place` says; one beside the image that is right is used all the same. With `moments` the
+    posterior's mean and log-variance are kept too.
     """
 
     def __init__(
@@ -122,8 +132,9 @@ class NpzLatents:
         vae_id: str,
         skip_check: bool,
         place: CachePlace = BESIDE_THE_IMAGES,
+        moments: bool = False,
     ) -> None:
-        self._table, self._targets, self._has_mask = table, targets, has_mask
+        self._table, self._targets, self._has_mask, self._moments = table, targets, has_mask, moments
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
         identities = [latent_identity(image) for image in images]
@@ -147,6 +158,13 @@ class NpzLatents:
             self._use_files_beside(checks)
         return checks
 
+    def look_again(self, number: int) -> CacheCheck:
+        """Look at its file."""
+        check = self._inspect(number)
+        if check.status == "foreign":
+            self._unindexed.add(number)
+        return check
+
     def place(self, number: int) -> str:
         """Its file."""
         return str(self._paths[number])
@@ -169,13 +187,14 @@ class NpzLatents:
                 if (expected := self._expected(number)) is not None:
                     self._index.add(self._paths[number], expected, contents=self._contents(number))
             self._index.save()
-        return NpzEntries(self._paths, right, has_mask=self._has_mask)
+        return NpzEntries(self._paths, right, has_mask=self._has_mask, moments=self._moments)
 
     def _image(self, number: int) -> PlacedImage:
         return self._table[int(self._targets.first[number])]
 
     def _contents(self, number: int) -> str:
-        return "plain and mirrored" if self._needs_flip[number] else "plain"
+        contents = "plain and mirrored" if self._needs_flip[number] else "plain"
+        return f"{contents}, with moments" if self._moments else contents
 
     def _expected(self, number: int) -> str | None:
         """The fingerprint that the entry should have; None when the image has gone since the scan."""
@@ -218,6 +237,7 @@ class NpzLatents:
             path,
             expected,
             need_flipped=bool(self._needs_flip[number]),
+            need_moments=self._moments,
             latent_hw=(bucket.h // CELL, bucket.w // CELL),
             image_path=image.record.path,
             mask=mask,
@@ -243,6 +263,7 @@ def made_from(image: PlacedImage, *, vae_id: str, stamp: ImageStamp, mask_stamp:
         vae_id=vae_id,
         interpolation=image.record.subset.resize_interpolation,
         mask=stamp if mask_source(image) == "alpha" else mask_stamp,
+        decode_scale=decode_scale(image.record, image.placement),
     )
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from library.data.background import Behind, ahead, num_helpers
 from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace
 from library.data.caching import CacheReport, Targets, chunked, exchange, group_targets, stale_entries, usable
 from library.data.latent_backends import CELL, LatentBackend, MemoryLatents, NpzLatents
@@ -23,21 +28,26 @@ from library.data.stores import LatentStore
 from library.data.table import ImageTable, text_id
 from library.data.transforms import apply_crop, apply_crop_to_mask, crop_info, read_pictures
 from library.diffusion.crops import legacy_crop_ltrb
+from library.diffusion.posterior import sample_posterior
 from library.io.latent_cache import CacheCheck, LatentEntry
 from library.seeds import derive_seed
 
-DECODERS = 4
-"""Threads that decode images while the VAE works; decoding releases Python's lock."""
+WAITING_CHUNKS = 4
+"""Encoded batches that wait to be stored, at most; the encoder waits when the disk is that far behind."""
 
 LatentEncoder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(pixels_B3HW in [-1, 1], posterior noise_B4hw), both float32 on the CPU -> (unscaled latents_B4hw, finite_B bool)."""
+"""(pixels_B3HW in [-1, 1], posterior noise_B4hw), both float32 on the CPU -> (unscaled latents_B4hw, finite_B bool).
+
+In a pass that keeps moments, moments_B8hw take the place of the latents, and the noise is not used.
+"""
 
 
 @dataclass(frozen=True)
 class LatentCacheOptions:
     """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files.
 
-    `place` is where entries on disk lie.
+    `place` is where entries on disk lie. With `moments` the posterior's mean and log-variance are kept with the
+    latents.
     """
 
     vae_id: str
@@ -45,6 +55,7 @@ class LatentCacheOptions:
     batch_size: int = 1
     skip_check: bool = False
     place: CachePlace = BESIDE_THE_IMAGES
+    moments: bool = False
 
 
 class Decoded(NamedTuple):
@@ -55,9 +66,11 @@ class Decoded(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What a rank brought about: entries by number, what the others need to read them, and failures."""
+    """What a rank brought about: entries by number, made or found to have been made by another run meanwhile; what
+    the others need to read them; and failures."""
 
     numbers: list[int]
+    found: list[int]
     shared: Any
     failed: list[Skipped]
 
@@ -86,11 +99,12 @@ def build_latents(
     parts = exchange(_build(work, chunks, encode, rank=rank, world=world))
     report = CacheReport(stale=stale_entries(work.backend.place, checks))
     reused = [number for number, check in enumerate(checks) if usable(check)]
+    reused += [number for part in parts for number in part.found]
     built = sorted(number for part in parts for number in part.numbers)
     report.built, report.reused = len(built), len(reused)
     report.failed = [failure for part in parts for failure in part.failed]
     entries = work.backend.entries([part.shared for part in parts], right=[*reused, *built], rank=rank)
-    return LatentStore(work.targets, entries, has_mask=work.has_mask), report
+    return LatentStore(work.targets, entries, has_mask=work.has_mask, moments=options.moments), report
 
 
 class LatentPass:
@@ -98,6 +112,7 @@ class LatentPass:
 
     def __init__(self, table: ImageTable, options: LatentCacheOptions) -> None:
         self.table = table
+        self.options = options
         self.targets = _targets(table)
         self.needs_flip = np.zeros(len(self.targets), dtype=bool)
         rows = table.rows
@@ -115,6 +130,7 @@ class LatentPass:
             "has_mask": self.has_mask,
             "vae_id": options.vae_id,
             "skip_check": options.skip_check,
+            "moments": options.moments,
         }
         if options.place.store == "packed":
             return PackedLatents(self.table, self.targets, folder=options.place.latents, **facts)
@@ -156,6 +172,20 @@ def _chunks(work: LatentPass, checks: Sequence[CacheCheck], batch_size: int) -> 
     return [chunk for key in sorted(groups) for chunk in chunked(groups[key], batch_size)]
 
 
+def _scattered(work: LatentPass, chunks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """The chunks of each bucket from a random one on.
+
+    Two runs that build one cache at the same time must not go through it side by side: what one of them has made, the
+    other only finds when it comes there later.
+    """
+    scattered: list[Sequence[int]] = []
+    for _, group in groupby(chunks, key=lambda chunk: work.table.placement(int(work.targets.first[chunk[0]])).bucket):
+        alike = list(group)
+        offset = secrets.randbelow(len(alike))
+        scattered += [*alike[offset:], *alike[:offset]]
+    return scattered
+
+
 def _build(
     work: LatentPass,
     chunks: Sequence[Sequence[int]],
@@ -164,44 +194,128 @@ def _build(
     rank: int,
     world: int,
 ) -> Built:
-    """Encode this rank's chunks, decoding ahead in the background."""
+    """Encode this rank's chunks: images are decoded ahead of the encoder, entries are stored behind it."""
     numbers: list[int] = []
+    found: list[int] = []
     failed: list[Skipped] = []
-    mine = chunks[rank::world]
+    mine = _scattered(work, chunks[rank::world])
     if mine:
         encoder = encode()
         title = "caching latents" if world == 1 else f"caching latents, process {rank + 1} of {world}"
-        with progress_bar(sum(map(len, mine)), title=title) as bar:
-            for chunk, decoded in _decoded(work, mine):
-                good = []
-                for number, pictures in zip(chunk, decoded, strict=True):
-                    if isinstance(pictures, Skipped):
-                        failed.append(pictures)
-                    else:
-                        good.append((number, pictures))
-                if good:
-                    _encode_chunk(work, good, encoder, numbers=numbers, failed=failed)
-                bar.update(len(chunk))
-    return Built(numbers, work.backend.share(), failed)
+        with (
+            progress_bar(sum(map(len, mine)), title=title) as bar,
+            Behind(waiting=WAITING_CHUNKS) as behind,
+            # Closed by name: the threads must have ended before an error leaves this function.
+            closing(ahead(_prepared(work, mine))) as prepared,
+        ):
+            for chunk in prepared:
+                entries, not_finite = encode_chunk(chunk, encoder, moments=work.options.moments)
+                behind.put(partial(store, work.backend, entries))
+                found += chunk.found
+                failed += [*chunk.failed, *not_finite]
+                numbers += [number for number, _ in entries]
+                bar.update(chunk.size)
+    return Built(numbers, found, work.backend.share(), failed)
 
 
-def _decoded(
-    work: LatentPass, chunks: Sequence[Sequence[int]]
-) -> Iterator[tuple[Sequence[int], list[Decoded | Skipped]]]:
-    """Each chunk with its images; the next chunk is decoded while this one is worked on."""
-    with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: list[list[Future]] = []
-        for position, chunk in enumerate(chunks):
-            for ahead in chunks[position + len(waiting) : position + 2]:
-                waiting.append([pool.submit(_decode, work.image(number)) for number in ahead])
-            yield chunk, [future.result() for future in waiting.pop(0)]
+def store(backend: LatentBackend, entries: Sequence[tuple[int, LatentEntry]]) -> None:
+    """Keep numbered entries."""
+    for number, entry in entries:
+        backend.put(number, entry)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images of one bucket that are ready for the encoder.
+
+    `images` and `numbers` of those that could be decoded, in the order of `pixels_B3HW` (float32, [-1, 1]; None when
+    there are none); noise for the posterior of the image and of its mirror image, where that is wanted; `masks` by
+    number, as `LatentEntry` has them. `found` are the numbers of entries that another run has made since the pass
+    began.
+    """
+
+    size: int
+    numbers: list[int]
+    images: list[PlacedImage]
+    failed: list[Skipped]
+    found: Sequence[int] = ()
+    pixels_B3HW: Tensor | None = None
+    noise_B4hw: Tensor | None = None
+    flipped_noise_B4hw: Tensor | None = None
+    masks: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+def _prepared(work: LatentPass, chunks: Sequence[Sequence[int]]) -> Generator[Chunk, None, None]:
+    """Every chunk, decoded and converted.
+
+    Bound of memory: as many whole pictures as there are helpers, and crops of twice as many pictures and one chunk.
+    """
+    helpers = num_helpers()
+    with ThreadPoolExecutor(helpers) as pool:
+        waiting: deque[list[Future]] = deque()
+        submitted = waiting_images = 0
+        try:
+            for chunk in chunks:
+                while submitted < len(chunks) and (not waiting or waiting_images < 2 * helpers):
+                    waiting.append([pool.submit(_decode_unless_there, work, n) for n in chunks[submitted]])
+                    waiting_images += len(chunks[submitted])
+                    submitted += 1
+                decoded = [future.result() for future in waiting.popleft()]
+                waiting_images -= len(chunk)
+                yield _ready(work, chunk, decoded)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ready(work: LatentPass, numbers: Sequence[int], decoded: Sequence[Decoded | Skipped | None]) -> Chunk:
+    results = list(zip(numbers, decoded, strict=True))
+    failed = [result for _, result in results if isinstance(result, Skipped)]
+    found = [number for number, result in results if result is None]
+    good = {number: result for number, result in results if isinstance(result, Decoded)}
+    masks = {number: to_mask(pictures.mask) for number, pictures in good.items() if pictures.mask is not None}
+    pixels = {number: to_pixels(pictures.pixels) for number, pictures in good.items()}
+    return make_chunk(work, pixels, masks=masks, failed=failed, found=found)
+
+
+def make_chunk(
+    work: LatentPass,
+    pixels_3HW: Mapping[int, Tensor],
+    *,
+    masks: Mapping[int, Tensor],
+    failed: Sequence[Skipped] = (),
+    found: Sequence[int] = (),
+) -> Chunk:
+    """The chunk of the entries whose plain images are given, all of one bucket and alike in `flip_aug`."""
+    numbers = list(pixels_3HW)
+    images = [work.image(number) for number in numbers]
+    size = len(numbers) + len(failed) + len(found)
+    if not numbers:
+        return Chunk(size, numbers, images, list(failed), found)
+    return Chunk(
+        size,
+        numbers,
+        images,
+        list(failed),
+        found,
+        torch.stack(list(pixels_3HW.values())),
+        posterior_noise(images, "plain"),
+        posterior_noise(images, "flipped") if work.needs_flip[numbers[0]] else None,
+        masks,
+    )
+
+
+def _decode_unless_there(work: LatentPass, number: int) -> Decoded | Skipped | None:
+    """The cropped image and mask; None when another run has made the entry by now."""
+    if usable(work.backend.look_again(number)):
+        return None
+    return _decode(work.image(number))
 
 
 def _decode(image: PlacedImage) -> Decoded | Skipped:
     record, filter_name = image.record, image.record.subset.resize_interpolation
     try:
         crop = crop_info(record.size, image.placement, flipped=False)
-        pixels, mask, _ = read_pictures(record, with_control=False)
+        pixels, mask, _ = read_pictures(record, image.placement, with_control=False)
         if mask is not None:
             mask = apply_crop_to_mask(mask, crop, interpolation=filter_name)
         return Decoded(apply_crop(pixels, crop, interpolation=filter_name), mask)
@@ -209,35 +323,55 @@ def _decode(image: PlacedImage) -> Decoded | Skipped:
         return Skipped.because_of(record.path, error)
 
 
-def _encode_chunk(
-    work: LatentPass,
-    good: Sequence[tuple[int, Decoded]],
-    encoder: LatentEncoder,
-    *,
-    numbers: list[int],
-    failed: list[Skipped],
-) -> None:
-    images = [work.image(number) for number, _ in good]
-    pixels_B3HW = torch.stack([to_pixels(decoded.pixels) for _, decoded in good])
-    latents_B4hw, finite_B = encoder(pixels_B3HW, posterior_noise(images, "plain"))
-    flipped_B4hw = None
-    if work.needs_flip[good[0][0]]:
-        flipped_B4hw, also_finite_B = encoder(pixels_B3HW.flip(-1), posterior_noise(images, "flipped"))
+def encode_chunk(
+    chunk: Chunk, encoder: LatentEncoder, *, moments: bool = False
+) -> tuple[list[tuple[int, LatentEntry]], list[Skipped]]:
+    """The entries of a chunk with their numbers, and the images that have no finite latents."""
+    if chunk.pixels_B3HW is None or chunk.noise_B4hw is None:
+        return [], []
+    plain, finite_B = _encode(encoder, chunk.pixels_B3HW, chunk.noise_B4hw, moments=moments)
+    mirrored = _Encoded()
+    if chunk.flipped_noise_B4hw is not None:
+        flipped_B3HW = chunk.pixels_B3HW.flip(-1)
+        mirrored, also_finite_B = _encode(encoder, flipped_B3HW, chunk.flipped_noise_B4hw, moments=moments)
         finite_B = finite_B & also_finite_B
-    for position, (number, decoded) in enumerate(good):
-        image = images[position]
+    entries, failed = [], []
+    for position, (number, image) in enumerate(zip(chunk.numbers, chunk.images, strict=True)):
         if not finite_B[position]:
             failed.append(Skipped(image.record.path, "the VAE gives no finite latents, in float32 neither"))
             continue
+        latents_4hw = plain.row("latents_B4hw", position)
+        assert latents_4hw is not None
         entry = LatentEntry(
-            latents_4hw=latents_B4hw[position].float().cpu().clone(),
-            flipped_4hw=None if flipped_B4hw is None else flipped_B4hw[position].float().cpu().clone(),
+            latents_4hw=latents_4hw,
+            flipped_4hw=mirrored.row("latents_B4hw", position),
             original=image.record.size,
             crop_ltrb=legacy_crop_ltrb(image.placement.bucket, image.record.size),
-            mask_HW=None if decoded.mask is None else to_mask(decoded.mask),
+            mask_HW=chunk.masks.get(number),
+            moments_8hw=plain.row("moments_B8hw", position),
+            flipped_moments_8hw=mirrored.row("moments_B8hw", position),
         )
-        work.backend.put(number, entry)
-        numbers.append(number)
+        entries.append((number, entry))
+    return entries, failed
+
+
+class _Encoded(NamedTuple):
+    latents_B4hw: Tensor | None = None
+    moments_B8hw: Tensor | None = None
+
+    def row(self, name: str, position: int) -> Tensor | None:
+        """A copy of one row, float32 on the CPU."""
+        rows = getattr(self, name)
+        return None if rows is None else rows[position].float().cpu().clone()
+
+
+def _encode(
+    encoder: LatentEncoder, pixels_B3HW: Tensor, noise_B4hw: Tensor, *, moments: bool
+) -> tuple[_Encoded, Tensor]:
+    encoded, finite_B = encoder(pixels_B3HW, noise_B4hw)
+    if moments:
+        return _Encoded(sample_posterior(encoded, noise_B4hw), encoded), finite_B
+    return _Encoded(encoded), finite_B
 
 
 def posterior_noise(images: Sequence[PlacedImage], purpose: str) -> Tensor:

@@ -125,6 +125,8 @@ def entry_of(arrays: Mapping[str, np.ndarray], *, original: Size) -> LatentEntry
         original,
         (0.0, 0.0, 0.0, 0.0),
         mask_HW=None if mask is None else mask.float(),
+        moments_8hw=tensors.get("moments"),
+        flipped_moments_8hw=tensors.get("moments_flipped"),
     )
 
 
@@ -142,7 +144,13 @@ with warnings.catch_warnings():
 
 def arrays_of(entry: LatentEntry) -> dict[str, np.ndarray]:
     """What is stored of an entry: float16, or float32 for an entry that goes beyond it."""
-    found = {"latents": entry.latents_4hw, "latents_flipped": entry.flipped_4hw, "mask": small_mask(entry)}
+    found = {
+        "latents": entry.latents_4hw,
+        "latents_flipped": entry.flipped_4hw,
+        "mask": small_mask(entry),
+        "moments": entry.moments_8hw,
+        "moments_flipped": entry.flipped_moments_8hw,
+    }
     return narrowed({name: tensor for name, tensor in found.items() if tensor is not None})
 
 

@@ -59,10 +59,11 @@ class PackedLatents:
         has_mask: np.ndarray,
         vae_id: str,
         skip_check: bool = False,
+        moments: bool = False,
     ) -> None:
         self._table, self._targets, self._folder = table, targets, folder
         self._needs_flip, self._has_mask, self._vae_id = needs_flip, has_mask, vae_id
-        self._skip_check = skip_check
+        self._skip_check, self._moments = skip_check, moments
         self.ids = latent_ids(table, targets.first)
         self.store = PackedStore.open(folder, facts_dtype=FACTS)
         self._writer = PackedWriter(folder, recipe=recipe(vae_id), facts_dtype=FACTS)
@@ -176,7 +177,15 @@ class PackedLatents:
             "no latents of the mirrored image": self._needs_flip[there] & ~flipped,
             "bucket changed": (sides != buckets).any(axis=1),
             "no mask": self._has_mask[there] & ~masks,
+            "no mean and variance": self._moments & ~self._have_moments(layouts, which, there),
         }
+
+    def _have_moments(self, layouts: Sequence[Layout], which: np.ndarray, there: np.ndarray) -> np.ndarray:
+        plain, flipped = (
+            np.array([name in layout.fields for layout in layouts], dtype=bool)[which]
+            for name in ("moments", "moments_flipped")
+        )
+        return plain & (flipped | ~self._needs_flip[there])
 
     def _is_vae_right(self, positions: np.ndarray) -> np.ndarray:
         fits = [self._fits(text) for text in self.store.recipes]

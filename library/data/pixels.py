@@ -41,11 +41,13 @@ def load_sample(
     flip: bool = False,
     crop_rng: random.Random | None = None,
     interpolation: str | None = None,
+    original: Size | None = None,
 ) -> tuple[Tensor, CropInfo]:
     """Pixels (3, H, W) in [-1, 1] of a decoded image and the record of its crop.
 
-    `crop_rng` draws the crop offset; None crops the centre.
+    `crop_rng` draws the crop offset; None crops the centre. `original` is the size of an image that was decoded
+    smaller than it is.
     """
-    original = Size(image.shape[1], image.shape[0])
+    original = original or Size(image.shape[1], image.shape[0])
     crop = crop_info(original, placement, flipped=flip, rng=crop_rng)
     return to_pixels(apply_crop(image, crop, interpolation=interpolation)), crop

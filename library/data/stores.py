@@ -35,11 +35,11 @@ class Entries(Protocol[Entry]):
 
 
 class CachedLatents(NamedTuple):
-    """What a cache holds of a sample: latents as the VAE gave them (not scaled), and the loss mask, float32.
+    """What the cache has of an image or of its mirror image: latents (4, h, w) as the VAE gave them (not scaled), the
+    loss mask (1, h, w), and the moments (8, h, w) of the posterior that the latents were drawn from, where kept.
 
-    Latents are float32, or float16 from a packed cache, which holds no more; the training step widens them.
-
-    `moments_8hw` takes the place of a fixed latent where the cache has it: the posterior's mean and log-variance.
+    All are float32, latents and moments from a packed cache float16, which holds no more; the training step widens
+    them.
     """
 
     latents_4hw: Tensor
@@ -48,26 +48,51 @@ class CachedLatents(NamedTuple):
 
 
 class LatentStore:
-    """Latents and masks by row of the table of images. `has_mask` says of which entries the mask is used (all False
-    when left out): a cache file may hold one that this run does not want."""
+    """Latents, masks and moments by row of the table of images.
 
-    def __init__(self, targets: Targets, entries: Entries[LatentEntry], *, has_mask: np.ndarray | None = None) -> None:
+    `has_mask` says of which entries the mask is used (all False when left out): a cache file may hold one that this
+    run does not want. With `moments` latents come with the moments of their posterior. `is_filling`: entries that are
+    not there are made when they are first used.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        entries: Entries[LatentEntry],
+        *,
+        has_mask: np.ndarray | None = None,
+        moments: bool = False,
+        is_filling: bool = False,
+    ) -> None:
         self._targets, self._entries = targets, entries
         self._has_mask = np.zeros(len(targets), dtype=bool) if has_mask is None else has_mask
+        self.moments, self.is_filling = moments, is_filling
 
     def get(self, row: int, *, flipped: bool) -> CachedLatents:
         """What is cached of the image or of its mirror image. Raises UserError when a cache file cannot be read."""
-        number = int(self._targets.number_of[row])
+        number = self.number(row)
         entry = self._entries.read(number)
         latents = entry.flipped_4hw if flipped else entry.latents_4hw
-        if latents is None:
-            raise KeyError(f"row {row} has no mirrored latents")
+        moments = entry.flipped_moments_8hw if flipped else entry.moments_8hw
+        if latents is None or (self.moments and moments is None):
+            raise KeyError("the entry has no mirrored latents" if flipped else "the entry has no moments")
+        return CachedLatents(latents, self._mask(number, entry, flipped), moments if self.moments else None)
+
+    def _mask(self, number: int, entry: LatentEntry, flipped: bool) -> Tensor | None:
         if not self._has_mask[number]:
-            return CachedLatents(latents)
+            return None
         mask_hw = small_mask(entry)
         if mask_hw is None:
-            raise KeyError(f"row {row} has no mask")
-        return CachedLatents(latents, (mask_hw.flip(-1) if flipped else mask_hw)[None])
+            raise KeyError("the entry has no mask")
+        return (mask_hw.flip(-1) if flipped else mask_hw)[None]
+
+    def awaits(self, row: int) -> bool:
+        """Whether a row's latents are still to be made, by a run that fills the cache while it trains."""
+        return self.is_filling and not bool(self.has(np.array([row]))[0])
+
+    def number(self, row: int) -> int:
+        """The number of the entry that a row uses."""
+        return int(self._targets.number_of[row])
 
     def has(self, rows: np.ndarray) -> np.ndarray:
         """For every row, bool, whether its latents are there."""
@@ -75,8 +100,8 @@ class LatentStore:
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading needs no file."""
-        return self._entries.in_memory
+        """Whether batches need no file."""
+        return self._entries.in_memory and not self.is_filling
 
 
 class TextStore:

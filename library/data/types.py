@@ -22,16 +22,25 @@ class SampleKey(NamedTuple):
     repeat: int
 
 
+class Awaited(NamedTuple):
+    """What a row of a batch waits for: the latents of a row of the table, or of its mirror image."""
+
+    row: int
+    flipped: bool
+
+
 @dataclass
 class Batch:
     """What one rank feeds to one forward pass: rows of one bucket.
 
     The first `num_real` rows are samples; rows after them are padding (copies of a real row) with weight 0, which
     give every rank the same number of rows. `sizes_B6` is float32: original h, w, crop top, left, target h, w, in
-    pixels. `pixels_B3HW` is float32 in [-1, 1]; `latents_B4hw` is the unscaled output of the VAE; it and
-    `text` may be float16 when they come from a packed cache. `failures` lists
-    images that could not be read for this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1],
-    the weight of every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
+    pixels. `pixels_B3HW` is float32 in [-1, 1]; `latents_B4hw` is the unscaled output of the VAE; instead of it
+    `moments_B8hw` may hold mean and log-variance of its posterior, from which a step draws. These and `text` may be
+    float16 when they come from a packed cache. While a cache is being filled, `awaits` says for every row whether it
+    is still to be encoded; `pixels_B3HW` then holds the plain images of those rows only. `failures` lists images that
+    could not be read for this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1], the weight of
+    every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
     """
 
     keys: list[SampleKey]
@@ -42,11 +51,13 @@ class Batch:
     bucket: Size
     pixels_B3HW: Tensor | None = None
     latents_B4hw: Tensor | None = None
+    moments_B8hw: Tensor | None = None
     tokens: Tokens | None = None
     text: TextCond | None = None
     mask_B1hw: Tensor | None = None
     control_B3HW: Tensor | None = None
     failures: tuple[Skipped, ...] = ()
+    awaits: tuple[Awaited | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

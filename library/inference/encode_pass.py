@@ -5,6 +5,8 @@ Works in one process or many (`accelerate launch`, `torchrun`); every rank must 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from library.data.cache_places import cache_place
 from library.data.caching import CacheReport
 from library.data.dataset import TrainData
 from library.data.latent_caching import LatentCacheOptions, LatentEncoder, build_latents
+from library.data.latent_filling import LatentFiller
 from library.data.stores import LatentStore, TextStore
 from library.data.text_backends import TextCacheOptions
 from library.data.text_caching import TextEncoder, build_text
@@ -37,20 +40,63 @@ def cache_latents_pass(
     it stays. To disk with --cache_latents_to_disk, else to memory. Returns the store to attach and what was done.
     """
 
-    def make_encoder() -> LatentEncoder:
-        _place(bundle.vae, device=device, dtype=dtype)
-        return latent_encoder(bundle.vae, device=device)
+    store, report = build_latents(
+        data.all_images,
+        latent_maker(bundle, cfg, device=device, dtype=dtype),
+        options=latent_options(bundle, cfg),
+        rank=rank,
+        world=world,
+    )
+    data.drop(report.failed)
+    return store, report
 
-    options = LatentCacheOptions(
+
+def fill_latents(
+    bundle: ModelBundle,
+    data: TrainData,
+    *,
+    cfg: RunConfig,
+    device: torch.device | str,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Have `data` encode the images that are not cached yet when they are first used (--cache_in_background).
+
+    The VAE leaves the device when all are cached.
+    """
+    filler = LatentFiller(
+        data.table,
+        latent_maker(bundle, cfg, device=device),
+        options=latent_options(bundle, cfg),
+        done=lambda: bundle.vae.to("cpu"),
+        rank=rank,
+        world=world,
+    )
+    data.fill_latents(filler)
+
+
+def latent_maker(
+    bundle: ModelBundle, cfg: RunConfig, *, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Callable[[], LatentEncoder]:
+    """What makes the encoder when it is needed: the VAE goes to the device then."""
+
+    def make() -> LatentEncoder:
+        _place(bundle.vae, device=device, dtype=dtype)
+        return latent_encoder(bundle.vae, device=device, moments=cfg.data.cache_latents_moments)
+
+    return make
+
+
+def latent_options(bundle: ModelBundle, cfg: RunConfig) -> LatentCacheOptions:
+    """How the settings want latents cached."""
+    return LatentCacheOptions(
         vae_id=bundle.vae_id(),
         to_disk=cfg.data.cache_latents_to_disk,
         batch_size=cfg.model.vae_batch_size,
         skip_check=cfg.data.skip_cache_check,
         place=cache_place(cfg),
+        moments=cfg.data.cache_latents_moments,
     )
-    store, report = build_latents(data.all_images, make_encoder, options=options, rank=rank, world=world)
-    data.drop(report.failed)
-    return store, report
 
 
 def cache_text_pass(
@@ -93,13 +139,21 @@ def _place(module: nn.Module, *, device: torch.device | str, dtype: torch.dtype 
         module.to(device, dtype)
 
 
-def latent_encoder(vae: nn.Module, *, device: torch.device | str) -> LatentEncoder:
-    """The VAE as the cache wants it: CPU tensors in and out, and which rows came out finite."""
+def latent_encoder(vae: nn.Module, *, device: torch.device | str, moments: bool = False) -> LatentEncoder:
+    """The VAE as the cache wants it: CPU tensors in and out, and which rows came out finite.
+
+    With `moments` the posterior's mean and log-variance (B, 8, h, w) take the place of the latents.
+    """
 
     @torch.no_grad()  # not inference_mode: its tensors cannot enter a graph, and cached text does
     def encode(pixels_B3HW: Tensor, noise_B4hw: Tensor) -> tuple[Tensor, Tensor]:
-        latents_B4hw = sdxl.encode_image(vae, pixels_B3HW.to(device), noise_B4hw.to(device)).float().cpu()
-        return latents_B4hw, latents_B4hw.isfinite().flatten(1).all(dim=1)
+        pixels_B3HW = pixels_B3HW.to(device)
+        if moments:
+            found = sdxl.encode_moments(vae, pixels_B3HW)
+        else:
+            found = sdxl.encode_image(vae, pixels_B3HW, noise_B4hw.to(device))
+        found = found.float().cpu()
+        return found, found.isfinite().flatten(1).all(dim=1)
 
     return encode
 

@@ -25,6 +25,7 @@ _NAMES = {
     "crop": "crop",
     "interpolation": "resize interpolation",
     "vae": "VAE",
+    "decode": "JPEG decoding",
     "caption": "caption",
     "text_encoder": "text encoder",
     "max_token_length": "max token length",
@@ -61,14 +62,18 @@ def latent_fingerprint(
     vae_id: str,
     interpolation: str | None = None,
     mask: ImageStamp | None = None,
+    decode_scale: int = 1,
     version: int = LATENT_VERSION,
 ) -> str:
     """Describe a latent: the image, its resize and crop (left, top of the bucket in the resized image), the VAE.
 
     `mask` is the file that a mask in the entry was made from, the image's own for its alpha; without one it is not
-    mentioned.
+    mentioned. `decode_scale`: by what a JPEG's sides were divided while decoding. It is written only when it is not 1,
+    so that entries of whole images stay what they were before there was such a thing.
     """
-    optional = {} if mask is None else {"mask": list(mask)}
+    optional: dict[str, object] = {} if mask is None else {"mask": list(mask)}
+    if decode_scale != 1:
+        optional["decode"] = f"1/{decode_scale}"
     return _dump(
         version=version,
         image=list(image),

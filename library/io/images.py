@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,6 +23,9 @@ from library.sizes import Size
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
 """Lower-case endings that a folder scan takes for pictures."""
+
+JPEG_SCALES = (1, 2, 4, 8)
+"""By what libjpeg can divide the sides while it decodes."""
 
 # Pillow warns from 89 and refuses from 179 megapixels. Photographs between the two are real; the refusal stays.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -44,17 +47,45 @@ class ImageError(UserError):
     """One picture cannot be read; it costs that picture, not the run."""
 
 
+class Picture(NamedTuple):
+    """A decoded picture: uint8 RGB pixels (H, W, 3), and the size of the whole picture in the file."""
+
+    pixels: np.ndarray
+    size: Size
+
+
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Read a picture as uint8 RGB (H, W, 3), rotated as its EXIF orientation says.
 
     Raises ImageError naming the file when it is missing, empty, cut short, too large, or no picture.
     """
+    return read_picture(path).pixels
+
+
+def read_picture(path: str | os.PathLike[str], *, scale: int = 1) -> Picture:
+    """Read a picture as `read_image` does; a JPEG with sides of `scaled_side`.
+
+    The decoder leaves out the fine detail instead of computing and averaging it, in a half to a third of the time.
+    Pictures of other kinds come whole.
+    """
+    assert scale in JPEG_SCALES, scale
     with _opened(path) as (image, file):
         orientation = _orientation(image, file)
+        width, height = image.size
+        scaled = Size(scaled_side(width, scale), scaled_side(height, scale))
+        if is_scaled := image.format == "JPEG" and scale > 1 and min(width, height) >= scale:
+            image.draft(None, (width // scale, height // scale))
         rgb = _to_rgb(image)
+        if is_scaled and rgb.size != scaled:
+            rgb = rgb.crop((0, 0, *scaled))  # the decoder rounds up
         if orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[orientation])
-        return np.array(rgb)
+        return Picture(np.array(rgb), _shown(width, height, orientation))
+
+
+def scaled_side(side: int, scale: int) -> int:
+    """The side of a JPEG that is scaled while decoding, in pixels: the nearest whole number."""
+    return (side + scale // 2 - 1) // scale if scale > 1 else side
 
 
 def read_image_and_alpha(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,8 +110,11 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
 def read_size(path: str | os.PathLike[str]) -> Size:
     """Return the size `read_image` would give, from the header alone. Raises ImageError as it does."""
     with _opened(path) as (image, file):
-        width, height = image.size
-        return Size(height, width) if _orientation(image, file) in _SIDEWAYS else Size(width, height)
+        return _shown(*image.size, _orientation(image, file))
+
+
+def _shown(width: int, height: int, orientation: int) -> Size:
+    return Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
 
 
 @contextmanager

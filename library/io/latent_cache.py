@@ -2,7 +2,8 @@
 
 Keys: `latents` float32 (4, h, w), `latents_flipped` alike (the encoded mirror image, optional), `alpha_mask` float32
 (8h, 8w) in [0, 1] (the loss mask, optional), `original_size` int64 [w, h], `crop_ltrb` float64 (4,); ours add
-`fingerprint` (JSON, 0-d text) and `fingerprint_crc`. Latents are as the VAE gives them, without the scaling factor.
+`fingerprint` (JSON, 0-d text) and `fingerprint_crc`, and where they are wanted `moments` and `moments_flipped`, float32
+(8, h, w): the posterior's mean and log-variance. Latents are as the VAE gives them, without the scaling factor.
 Source: spec cache_formats.md §1. sd-scripts writes masks from alpha only; ours from mask files too.
 """
 
@@ -32,6 +33,7 @@ CELL = 8
 
 MaskSource = Literal["alpha", "file"]
 """What a mask is made from: the image's own alpha, or a mask file."""
+_MOMENT_KEYS = ("moments", "moments_flipped")
 
 
 class CacheCheck(NamedTuple):
@@ -45,7 +47,9 @@ class CacheCheck(NamedTuple):
 class LatentEntry:
     """One image's latents (4, h, w) float32, unscaled, and those of its mirror image; and its loss mask.
 
-    `mask_HW` is float32 in [0, 1], in pixels (8h, 8w) or already per latent cell (h, w), not mirrored.
+    `mask_HW` is float32 in [0, 1], in pixels (8h, 8w) or already per latent cell (h, w), not mirrored. Where they are
+    wanted, there are also the posteriors' moments, float32 (8, h, w): mean, then log-variance.
+
     `crop_ltrb` holds sd-scripts' numbers for its own readers (`legacy_crop_ltrb` of bucket and image), never the real
     crop, whoever wrote the file: take that from the placement. `fingerprint` is None in files of other programs.
     """
@@ -56,6 +60,8 @@ class LatentEntry:
     crop_ltrb: tuple[float, float, float, float]
     fingerprint: str | None = None
     mask_HW: Tensor | None = None
+    moments_8hw: Tensor | None = None
+    flipped_moments_8hw: Tensor | None = None
 
 
 def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Path:
@@ -76,8 +82,8 @@ def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str | N
 
     Without a fingerprint the file says no more of its origin than one of another program does.
 
-    Of an existing file, mirror latents and a mask go when the new entry does not bring them: they belonged to the
-    latents being replaced.
+    Of an existing file, mirror latents, moments and a mask go when the new entry does not bring them: they belonged to
+    the latents being replaced.
     """
     latents = _float32(entry.latents_4hw)
     arrays = {"latents": latents}
@@ -87,18 +93,25 @@ def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str | N
         arrays[_MASK] = _pixels(_float32(entry.mask_HW), latents.shape)
     arrays["original_size"] = np.array(entry.original, dtype=np.int64)
     arrays["crop_ltrb"] = np.array(entry.crop_ltrb, dtype=np.float64)
-    drop = {"latents_flipped", _MASK}
+    drop = {"latents_flipped", _MASK, *_MOMENT_KEYS}
     if fingerprint is None:
         npz_file.write_arrays(path, arrays, drop=drop | {"fingerprint", _CHECKSUMS})
         return
     arrays["fingerprint"] = np.array(fingerprint)
+    for key, moments in zip(_MOMENT_KEYS, (entry.moments_8hw, entry.flipped_moments_8hw), strict=True):
+        if moments is not None:
+            arrays[key] = _float32(moments)
     npz_file.write_arrays(path, arrays, drop=drop, checksum_key=_CHECKSUMS)
 
 
-def read(path: str | os.PathLike[str], *, with_mask: bool = True) -> LatentEntry:
-    """Read an entry, its mask only when asked; raises UserError naming the file when it is damaged or lacks latents."""
-    keys = (*_DATA_KEYS, "fingerprint", *([_MASK] if with_mask else []))
-    arrays = npz_file.read_entry(path, keys, required=_DATA_KEYS[:3])
+def read(path: str | os.PathLike[str], *, with_mask: bool = True, moments: bool = False) -> LatentEntry:
+    """Read an entry, its mask and its moments only when asked.
+
+    Raises UserError naming the file when it is damaged or lacks latents, or moments that were asked for.
+    """
+    extras = (*((_MASK,) if with_mask else ()), *(_MOMENT_KEYS if moments else ()))
+    keys = (*_DATA_KEYS, "fingerprint", *extras)
+    arrays = npz_file.read_entry(path, keys, required=_DATA_KEYS[:3] + _MOMENT_KEYS[:moments])
     mask = arrays.get(_MASK)
     flipped = arrays.get("latents_flipped")
     left, top, right, bottom = (float(edge) for edge in arrays["crop_ltrb"])
@@ -109,7 +122,9 @@ def read(path: str | os.PathLike[str], *, with_mask: bool = True) -> LatentEntry
         original=Size(width, height),
         crop_ltrb=(left, top, right, bottom),
         fingerprint=str(arrays["fingerprint"]) if "fingerprint" in arrays else None,
-        mask_HW=None if mask is None else torch.from_numpy(mask).float(),
+        mask_HW=_tensor(mask),
+        moments_8hw=_tensor(arrays.get("moments")),
+        flipped_moments_8hw=_tensor(arrays.get("moments_flipped")),
     )
 
 
@@ -131,6 +146,7 @@ def inspect(
     *,
     need_flipped: bool,
     latent_hw: tuple[int, int],
+    need_moments: bool = False,
     image_path: str | os.PathLike[str] | None = None,
     mask: MaskSource | None = None,
     mask_path: str | os.PathLike[str] | None = None,
@@ -149,11 +165,17 @@ def inspect(
     except npz_file.BrokenArchive as error:
         return CacheCheck("broken", (str(error),))
     reasons = _misfits(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw, need_mask=mask is not None)
+    if need_moments:
+        wanted = _MOMENT_KEYS if need_flipped else _MOMENT_KEYS[:1]
+        if any(found.shapes.get(key, ())[-2:] != tuple(latent_hw) for key in wanted):
+            reasons = (*reasons, "no mean and variance")
     if reasons:
         return CacheCheck("stale", reasons)
     if not _is_ours(found, with_mask=mask is not None):
-        # The masks of other programs are made from alpha.
-        return CacheCheck("stale", ("mask of another program",)) if mask == "file" else CacheCheck("foreign")
+        # The masks of other programs are made from alpha; when they rewrite latents they leave our keys as they are.
+        if mask == "file" or need_moments:
+            return CacheCheck("stale", ("mask of another program" if mask == "file" else "latents of another program",))
+        return CacheCheck("foreign")
     reasons = fp.changes(str(found.arrays["fingerprint"]), expected, image_path=image_path, mask_path=mask_path)
     return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
 
@@ -189,6 +211,10 @@ def _is_ours(found: npz_file.Contents, *, with_mask: bool) -> bool:
 def _pixels(mask: np.ndarray, latents_shape: tuple[int, ...]) -> np.ndarray:
     """The mask in pixels, as sd-scripts stores it."""
     return mask.repeat(CELL, 0).repeat(CELL, 1) if mask.shape == latents_shape[1:] else mask
+
+
+def _tensor(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array).float()
 
 
 def _float32(latents: Tensor | np.ndarray) -> np.ndarray:

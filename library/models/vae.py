@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.posterior import sample_posterior
 from library.log import get_logger
 from library.models.arch import LATENT_FACTOR
 
@@ -25,6 +26,11 @@ def encode_image(vae: Any, pixels_B3HW: Tensor, posterior_noise_B4hw: Tensor | N
     overflows in float16) is encoded again in float32; a row that still is not finite stays so: see
     `rows_not_finite`. Result in the VAE's dtype, float32 when a row had to be encoded in it.
     """
+    return sample_posterior(encode_moments(vae, pixels_B3HW), posterior_noise_B4hw)
+
+
+def encode_moments(vae: Any, pixels_B3HW: Tensor) -> Tensor:
+    """Mean and log-variance of the posterior, (B, 8, h, w); a row that is not finite is encoded again in float32."""
     moments = _moments(vae, pixels_B3HW)
     broken = rows_not_finite(moments)
     if broken and vae.dtype != torch.float32:
@@ -32,11 +38,7 @@ def encode_image(vae: Any, pixels_B3HW: Tensor, posterior_noise_B4hw: Tensor | N
         moments = moments.float()
         with _in_float32(vae):
             moments[broken] = _moments(vae, pixels_B3HW[broken])
-    mean, log_variance = moments.chunk(2, dim=1)
-    if posterior_noise_B4hw is None:
-        return mean
-    deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))  # the bounds of diffusers' Gaussian
-    return mean + deviation * posterior_noise_B4hw.to(mean)
+    return moments
 
 
 def decode_latents(vae: Any, latents_B4hw: Tensor) -> Tensor:

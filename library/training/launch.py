@@ -79,6 +79,7 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
         _resume(Path(cfg.loop.resume), state, trainer.update.optimizer)
     try:
         trainer.run()
+        trainer.data.finish_filling()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU ran out of memory: {str(error).splitlines()[0]}",
@@ -86,6 +87,8 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
             fix="use --gradient_checkpointing, --mixed_precision bf16, --cache_latents, --cache_text_encoder_outputs "
             "with --network_train_unet_only, a smaller --train_batch_size or a smaller --resolution",
         ) from error
+    finally:
+        trainer.data.close()
     accelerator.end_training()
     return trainer.view.progress
 
@@ -182,7 +185,10 @@ def _fill_caches(run: Run) -> None:
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    if cfg.data.cache_latents:
+    if cfg.data.cache_in_background:
+        encode_pass.fill_latents(bundle, run.data, **place)
+        run.latents_cached = True
+    elif cfg.data.cache_latents:
         store, report = encode_pass.cache_latents_pass(bundle, run.data, **place)
         run.data.attach_latents(store)
         run.latents_cached = True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.data.types import Batch
 from library.diffusion.conditioning import TextCond
 from library.diffusion.masks import apply_mask
+from library.diffusion.posterior import sample_posterior
 from library.diffusion.reduce import per_sample, weighted_mean
 from library.diffusion.schedule import NoiseSchedule
 from library.diffusion.targets import training_target
@@ -97,6 +98,8 @@ class TrainStep(nn.Module):
     def _latents(self, batch: Batch, draw: Draw) -> Tensor:
         if batch.latents_B4hw is not None:
             return batch.latents_B4hw.float()
+        if batch.moments_B8hw is not None:
+            return sample_posterior(batch.moments_B8hw.float(), draw.posterior_BChw)
         # The VAE has a precision of its own (--no_half_vae), which autocast would overrule.
         with torch.no_grad(), torch.autocast(batch.pixels_B3HW.device.type, enabled=False):
             return sdxl.encode_image(self.bundle.vae, batch.pixels_B3HW, draw.posterior_BChw).float()

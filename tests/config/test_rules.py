@@ -9,6 +9,8 @@ from library.errors import UserError
 TRAINER_CASES = [
     ("model_is_named", {"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path is missing"),
     ("data_is_named", {"train_data_dir": ""}, "there is no data"),
+    ("latents_are_cached", {"cache_latents_moments": True}, "cache_latents_moments needs cache_latents"),
+    ("latents_are_cached", {"cache_in_background": True}, "cache_in_background needs cache_latents"),
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs": True}, "needs network_train_unet_only"),
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs_to_disk": True}, "needs network_train_unet_only"),
     ("caches_are_on_disk", {"cache_store": "packed"}, "cache_store cannot act: nothing is cached on disk"),

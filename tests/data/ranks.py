@@ -3,7 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from library.data import caching, latent_caching, text_caching
+from library.data import caching, latent_caching, latent_filling, text_caching
 
 
 class Ranks:
@@ -14,7 +14,7 @@ class Ranks:
         self._rank = threading.local()
         self._barrier = threading.Barrier(world, timeout=30)
         self._brought = [None] * world
-        for module in (caching, latent_caching, text_caching):
+        for module in (caching, latent_caching, latent_filling, text_caching):
             monkeypatch.setattr(module, "exchange", self._exchange)
 
     def run(self, work):

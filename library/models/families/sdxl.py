@@ -17,6 +17,7 @@ count_tokens = text_encode.count_tokens
 encode_text = text_encode.encode_text
 encode_text_gen = text_encode.encode_text_gen
 encode_image = vae.encode_image
+encode_moments = vae.encode_moments
 decode_latents = vae.decode_latents
 rows_not_finite = vae.rows_not_finite
 
