@@ -94,8 +94,7 @@ def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, tota
 def entry_paths(standard: Sequence[Path], identities: Sequence[Hashable]) -> list[Path]:
     """The file of each entry, all different.
 
-    Of entries with one standard path (a.png beside a.jpg, or one folder used at two resolutions) the first has it, and
-    later ones get a hash of their identity into the name, so that they do not overwrite each other in turn.
+    Of entries with one standard path (a.png beside a.jpg) the first has it, and later ones get a hash of their identity into the name, so that they do not overwrite each other in turn.
     """
     taken: set[Path] = set()
     paths = []
@@ -149,6 +148,11 @@ def exchange(mine: T) -> list[T]:
     group = torch.distributed.new_group(backend="gloo") if torch.distributed.get_backend() == "nccl" else None
     torch.distributed.all_gather_object(everything, mine, group=group)
     return everything
+
+
+def agreed(mine: T) -> T:
+    """What the first rank brought."""
+    return exchange(mine)[0]
 
 
 def chunked(items: Sequence[T], size: int) -> list[Sequence[T]]:

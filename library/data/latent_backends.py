@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from library.data.cache_index import CacheIndex
-from library.data.caching import Targets, entry_paths, inspect_all
+from library.data.caching import Targets
+from library.data.entry_files import choose_files
 from library.data.records import PlacedImage
 from library.data.stores import Entries
 from library.data.table import ImageTable
@@ -108,17 +110,14 @@ class NpzLatents:
         self._table, self._targets = table, targets
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
-        self._paths = entry_paths(
-            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images],
-            [latent_identity(image) for image in images],
-        )
+        self._paths = [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images]
         self._index = CacheIndex()
         self._foreign: set[int] = set()
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
         """Ask the folders' indexes first, and open the files that they do not know."""
         self._index.load({path.parent for path in self._paths})
-        checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking latents")
+        self._paths, checks = choose_files(self._paths, self._own_path, self._inspect, rank=rank, world=world)
         self._foreign = {number for number, check in enumerate(checks) if check.status == "foreign"}
         return checks
 
@@ -155,8 +154,12 @@ class NpzLatents:
         except OSError:
             return None
 
-    def _inspect(self, number: int) -> CacheCheck:
-        path = self._paths[number]
+    def _own_path(self, number: int) -> Path:
+        image = self._image(number)
+        name = latent_cache.standard_name(image.record.path, image.record.size)
+        return self._paths[number].with_name(f"{Path(name).stem}_{entry_digest(image)}.npz")
+
+    def _inspect(self, number: int, path: Path) -> CacheCheck:
         if self._skip_check:
             return CacheCheck("valid" if path.exists() else "missing")
         expected = self._expected(number)
@@ -188,6 +191,11 @@ class NpzLatents:
         )
 
 
-def latent_identity(image: PlacedImage) -> tuple:
-    """What the latents of an image depend on, besides the VAE; images that agree in it share an entry."""
-    return image.record.path, image.placement.bucket, image.placement.resized, image.record.subset.resize_interpolation
+def entry_digest(image: PlacedImage) -> str:
+    """8 hex digits for what an entry's name and the VAE leave open: file name, bucket, resize and filter.
+
+    Nothing in it depends on the folder or on what else the run has, so the entry is found again.
+    """
+    placement, record = image.placement, image.record
+    facts = (Path(record.path).name, str(placement.bucket), str(placement.resized), record.subset.resize_interpolation)
+    return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()

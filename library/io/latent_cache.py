@@ -52,7 +52,13 @@ def latent_cache_path(image_path: str | os.PathLike[str], original: Size) -> Pat
     """Return where an image's latents lie: `<stem>_WWWWxHHHH_sdxl.npz`, or the older `<stem>.npz` if there is one."""
     stem = os.path.splitext(os.fspath(image_path))[0]
     legacy = Path(stem + ".npz")
-    return legacy if legacy.exists() else Path(f"{stem}_{original.w:04d}x{original.h:04d}_sdxl.npz")
+    return legacy if legacy.exists() else legacy.with_name(standard_name(image_path, original))
+
+
+def standard_name(image_path: str | os.PathLike[str], original: Size) -> str:
+    """The name of the file that holds an image's latents, without its folder."""
+    stem = os.path.splitext(os.path.basename(image_path))[0]
+    return f"{stem}_{original.w:04d}x{original.h:04d}_sdxl.npz"
 
 
 def write(path: str | os.PathLike[str], entry: LatentEntry, fingerprint: str) -> None:
