@@ -214,7 +214,7 @@ def test_two_ranks_choose_the_same_files(folder, monkeypatch):
 
 def test_cached_equals_uncached_at_every_resolution(folder):
     spec = several(folder, SIZES[0], SIZES[2])
-    data, store, _ = build(spec)
+    _, store, _ = build(spec)
     fresh, cached = data_of(spec), data_of(spec)
     cached.attach_latents(store)
     seen = Counter()
