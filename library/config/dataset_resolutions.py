@@ -32,11 +32,13 @@ def look_up_resolutions(cfg: RunConfig, places: list[Place], *, where: str) -> t
     weights: tuple[float, ...] = ()
     for values, here in levels:
         weights = weights or values.get("resolution_weights") or ()
-        one, several = values.get("resolution"), values.get("resolutions") or ()
+        one: Size | None = values.get("resolution")
+        several: tuple[Size, ...] = values.get("resolutions") or ()
         if one and several:
             return Resolutions((), ()), [Problem(BOTH, here, "remove one of them")]
-        if one or several:
-            found = Resolutions(several or (one,), weights)
+        sizes = (one,) if one else several
+        if sizes:
+            found = Resolutions(sizes, weights)
             return found, _problems(found, where)
     return Resolutions((), ()), []
 

@@ -120,6 +120,10 @@ def _dataset_section() -> Iterator[str]:
         "loss is multiplied by `prior_loss_weight`. `class_tokens` is the caption of images that have no caption file; "
         "`custom_attributes` is a table that is handed on with each sample."
     )
+    yield from _paragraph(
+        "`resolutions = [512, 768, [1024, 640]]` may also be written as `resolution` with a list of lists; two bare "
+        "numbers in `resolution` are width and height. The nearest place that has one of the two keys counts."
+    )
     yield from _paragraph(f"Not supported yet: {', '.join(f'`{key}`' for key in LATER_KEYS)}.")
 
 

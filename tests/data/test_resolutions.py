@@ -194,6 +194,7 @@ def test_a_cache_of_the_second_resolution_is_used_and_kept(folder):
     write_picture(folder / "p0.png", 64, 64, seed=50)
     assert build(third)[2][:2] == (3, 3 * NUM - 3)
     assert build(third)[2] == (0, 3 * NUM, 0, 0)
+    assert len(list(folder.glob("p0*.npz"))) == 3, "an entry is built again where it was"
 
 
 def test_a_moved_folder_keeps_its_entries(folder, tmp_path):
