@@ -72,12 +72,12 @@ def test_every_image_has_an_entry_and_latents_that_training_reuses(images, capsy
             assert entry["original_size"].tolist() == [width, height]
     before = json.loads((images.parent / "in.json").read_text(encoding="utf-8"))
     assert before == {"p0": {"caption": "a café"}, "p1.png": {"tags": "b"}, "gone": {"caption": "c"}}
-    from library.data.sources import folders
+    from library.data import file_facts
 
     def opened(path):
         raise AssertionError(f"{path} was opened for its size")
 
-    monkeypatch.setattr(folders, "read_size", opened)
+    monkeypatch.setattr(file_facts, "read_size", opened)
     assert cache_latents(images, capsys) == "built 0, reused 7, stale 0, failed 0"
 
 
