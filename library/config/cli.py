@@ -9,6 +9,7 @@ from typing import Any
 from library.config import check_files, notices
 from library.config.command_line import COMMAND_LINE, CommandLine, read_command_line
 from library.config.dataset_file import read_datasets
+from library.config.dataset_keys import resolution_key
 from library.config.effective import print_config, write_config
 from library.config.implied import apply_implied
 from library.config.known_flags import foreign_flag, nearest, notice_without_effect
@@ -85,7 +86,7 @@ def _sort(run: Run, items: Iterable[tuple[str, Any, str]]) -> tuple[dict[str, Gi
     problems: list[Problem] = []
     messages: list[str] = []
     for key, value, where in items:
-        name = aliases.get(key, key)
+        name = resolution_key(aliases.get(key, key), value)
         if name in options:
             if name in given and given[name].value != value:
                 messages.append(f"{key} is set in {given[name].where} and in {where}; the latter counts")

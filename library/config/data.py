@@ -30,6 +30,14 @@ class DataOptions(Group):
     )
     prior_loss_weight: float = option(1.0, "loss weight of regularisation images", ge=0, acts=TRAINER)
     resolution: SizeValue | None = option(None, "training resolution: one number, or width,height")
+    resolutions: tuple[SizeValue, ...] = option(
+        (),
+        "several training resolutions in one run, instead of `resolution`: every visit of an image takes place at one "
+        "of them, drawn anew each epoch",
+    )
+    resolution_weights: tuple[float, ...] = option(
+        (), "how often each of `resolutions` is drawn, relative to the others (unset: all alike)", acts=IMAGES
+    )
     enable_bucket: bool = option(
         False, "sort images into buckets by aspect ratio instead of cropping to one shape", acts=IMAGES
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 from library.config.check_files import missing_path
 from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS, Place, read_dataset_tables
+from library.config.dataset_resolutions import KEYS as RESOLUTION_KEYS
+from library.config.dataset_resolutions import look_up_resolutions
 from library.config.dataset_rules import align_buckets, check_all, check_dataset
 from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
@@ -173,10 +175,13 @@ class _Reader:
 
     def _add(self, places: list[Place], subsets: list[SubsetSpec], *, where: str) -> None:
         """Add a dataset after its rules have been checked."""
-        values = {key: self._look_up(places, key, option) for key, option in DATASET_KEYS.items()}
-        if not self.are_rules_checked or any("resolution" in place.wrong for place in places):
+        if not self.are_rules_checked or any(place.wrong & set(RESOLUTION_KEYS) for place in places):
             return
-        if values["resolution"] is None:
+        found, wrong = look_up_resolutions(self.cfg, places, where=where)
+        if wrong:
+            self.problems += [problem for problem in wrong if problem not in self.problems]
+            return
+        if not found.sizes:
             fix = "set resolution, for example resolution = 1024"
             problem = Problem("the dataset has no resolution", where, fix)
             self.problems += [problem] if problem not in self.problems else []
@@ -186,7 +191,19 @@ class _Reader:
                 fix = "add [[datasets.subsets]] with an image_dir"
                 self.problems.append(Problem("the dataset has no subset with images", where, fix))
             return
-        spec, told = align_buckets(DatasetSpec(subsets=tuple(subsets), **values), where=where)
+        values = {
+            key: self._look_up(places, key, option)
+            for key, option in DATASET_KEYS.items()
+            if key not in RESOLUTION_KEYS
+        }
+        spec = DatasetSpec(
+            subsets=tuple(subsets),
+            resolution=found.sizes[0],
+            other_resolutions=found.sizes[1:],
+            resolution_weights=found.weights,
+            **values,
+        )
+        spec, told = align_buckets(spec, where=where)
         self.notices += told
         self.problems += check_dataset(self.cfg, spec, where=where)
         self.specs.append(spec)

@@ -21,6 +21,8 @@ from library.errors import Problem, UserError
 DATASET_KEYS: dict[str, str] = {
     "batch_size": "train_batch_size",
     "resolution": "resolution",
+    "resolutions": "resolutions",
+    "resolution_weights": "resolution_weights",
     "enable_bucket": "enable_bucket",
     "min_bucket_reso": "min_bucket_reso",
     "max_bucket_reso": "max_bucket_reso",
@@ -178,6 +180,7 @@ def _checked(place: Place, problems: list[Problem], *, level: str) -> Place:
     good: dict[str, Any] = {}
     wrong: set[str] = set()
     for key, value in place.values.items():
+        key = resolution_key(key, value)
         found, value = _check_key(place, key, value, level=level)
         if found:
             problems.append(found)
@@ -185,6 +188,12 @@ def _checked(place: Place, problems: list[Problem], *, level: str) -> Place:
         elif key not in LATER_KEYS:
             good[key] = value
     return Place(place.title, good, place.path, place.file, frozenset(wrong))
+
+
+def resolution_key(key: str, value: Any) -> str:
+    """`resolutions` for a `resolution` that is a list of lists; two bare numbers there are width and height."""
+    is_nested = isinstance(value, list) and any(isinstance(item, list) for item in value)
+    return "resolutions" if key == "resolution" and is_nested else key
 
 
 def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Problem | None, Any]:

@@ -114,13 +114,14 @@ def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:
     if spec.bucket_reso_steps % BUCKET_STEP_UNIT:
         what = f"bucket_reso_steps {spec.bucket_reso_steps} is not a multiple of {BUCKET_STEP_UNIT}"
         problems.append(Problem(what, where, "SDXL needs picture sides that are multiples of 32; 64 is usual"))
-    low, high = min(spec.resolution), max(spec.resolution)
-    if low < spec.min_bucket_reso:
-        what = f"resolution {spec.resolution} has a side below min_bucket_reso {spec.min_bucket_reso}"
-        problems.append(Problem(what, where, f"set min_bucket_reso to {low} or less"))
-    if high > spec.max_bucket_reso:
-        what = f"resolution {spec.resolution} has a side above max_bucket_reso {spec.max_bucket_reso}"
-        problems.append(Problem(what, where, f"set max_bucket_reso to {high} or more"))
+    for resolution in spec.resolutions:
+        low, high = min(resolution), max(resolution)
+        if low < spec.min_bucket_reso:
+            what = f"resolution {resolution} has a side below min_bucket_reso {spec.min_bucket_reso}"
+            problems.append(Problem(what, where, f"set min_bucket_reso to {low} or less"))
+        if high > spec.max_bucket_reso:
+            what = f"resolution {resolution} has a side above max_bucket_reso {spec.max_bucket_reso}"
+            problems.append(Problem(what, where, f"set max_bucket_reso to {high} or more"))
     return problems
 
 

@@ -66,7 +66,11 @@ class SubsetSpec:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Subsets that share batch size, resolution and buckets. Bucket limits are multiples of the steps already."""
+    """Subsets that share batch size, resolutions and buckets. Bucket limits are multiples of the steps already.
+
+    Most data sets have one resolution. Of one with several every visit of an image takes place at one of
+    `resolutions`, drawn with `resolution_weights` (one for each, above 0; empty: all alike).
+    """
 
     batch_size: int
     resolution: Size
@@ -81,3 +85,15 @@ class DatasetSpec:
     bucket_max_upscale: float | None = None
     validation_split: float = 0.0
     validation_seed: int | None = None
+    other_resolutions: tuple[Size, ...] = ()
+    resolution_weights: tuple[float, ...] = ()
+
+    @property
+    def resolutions(self) -> tuple[Size, ...]:
+        """All resolutions, the first one first."""
+        return (self.resolution, *self.other_resolutions)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each of `resolutions`."""
+        return self.resolution_weights or (1.0,) * len(self.resolutions)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from glob import glob
 from typing import Any, NamedTuple
 
+from library.config.command_line import COMMAND_LINE
 from library.config.run_config import RunConfig
 
 
@@ -63,6 +64,20 @@ def _attention(cfg: RunConfig) -> Iterator[Implied]:
         yield Implied("sdpa", True, "implied by mem_eff_attn", "mem_eff_attn: sdpa is used, which has taken its place")
 
 
+def _resolutions(cfg: RunConfig) -> Iterator[Implied]:
+    """Of the two spellings, the one on the command line beats the one in a file."""
+    if "data" not in cfg.groups or not (cfg.is_given("resolution") and cfg.is_given("resolutions")):
+        return
+    first, second = cfg.provenance["resolution"], cfg.provenance["resolutions"]
+    because = "the command line beats the file"
+    if second == COMMAND_LINE != first:
+        yield Implied("resolution", None, because, f"resolution ({first}) is ignored: resolutions takes its place")
+    elif first == COMMAND_LINE != second:
+        yield Implied("resolutions", (), because, f"resolutions ({second}) is ignored: resolution takes its place")
+        if cfg.provenance["resolution_weights"] != COMMAND_LINE:
+            yield Implied("resolution_weights", (), because)
+
+
 def _workers(cfg: RunConfig) -> Iterator[Implied]:
     if "data" not in cfg.groups:
         return
@@ -98,6 +113,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Implied]], ...] = (
     _disk_caches,
     _eight_bit_adam,
     _attention,
+    _resolutions,
     _workers,
     _epoch_sampling,
     _checkpoint_pattern,

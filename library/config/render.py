@@ -132,6 +132,10 @@ def _dataset_section() -> Iterator[str]:
         "metadata file: in the same sub-folder). With `masked_loss` these are masks, else condition images. They may "
         "be larger or smaller than the image, but must have its aspect ratio."
     )
+    yield from _paragraph(
+        "`resolutions = [512, 768, [1024, 640]]` may also be written as `resolution` with a list of lists; two bare "
+        "numbers in `resolution` are width and height. The nearest place that has one of the two keys counts."
+    )
     yield from _paragraph(f"Not supported yet: {', '.join(f'`{key}`' for key in LATER_KEYS)}.")
 
 

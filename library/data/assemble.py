@@ -10,23 +10,27 @@ from pathlib import Path
 import numpy as np
 
 from library.config.dataset_file import DatasetSpec
-from library.data.batching import Pool, Rows
-from library.data.buckets import BucketPolicy, UnplaceableImage
+from library.data.buckets import BucketPolicy, Placement, UnplaceableImage
 from library.data.companions import add_companions
 from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.data.table import ImageTable
 from library.data.validation import hold_out
 from library.errors import UserError
 from library.plugins import load_plugin
+from library.sizes import Size
 
 ALIGNMENT = 32
 """Pixels: the latents of SDXL (1/8) are halved twice inside the U-Net."""
 
 
-def policy_of(spec: DatasetSpec) -> BucketPolicy:
-    """The bucketing rules of a data set."""
+def policies_of(spec: DatasetSpec) -> list[BucketPolicy]:
+    """The bucketing rules of a data set, one for each of its resolutions."""
+    return [_policy(spec, resolution) for resolution in spec.resolutions]
+
+
+def _policy(spec: DatasetSpec, resolution: Size) -> BucketPolicy:
     return BucketPolicy(
-        resolution=spec.resolution,
+        resolution=resolution,
         enable_bucket=spec.enable_bucket,
         minimum=spec.min_bucket_reso,
         maximum=spec.max_bucket_reso,
@@ -63,18 +67,30 @@ def assemble(
 def _place_all(specs: Sequence[DatasetSpec], report: ScanReport, cache_dir: Path | None) -> Iterator[PlacedImage]:
     seen: Counter[str] = Counter()
     for index, spec in enumerate(specs):
-        policy = policy_of(spec)
+        policies = policies_of(spec)
         for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
             source = load_plugin("library.data.sources", subset.source)
             for record in add_companions(
                 subset, source.scan(subset, report=report, cache_dir=cache_dir), report=report
             ):
-                try:
-                    placement = policy.place(record.size)
-                except UnplaceableImage as reason:
-                    report.skipped.append(Skipped(record.path, str(reason)))
+                placements, reasons = _placements(record, policies)
+                if not placements:
+                    report.skipped.append(Skipped(record.path, reasons[0]))
                     continue
-                yield PlacedImage(_unique(record, seen), placement, index)
+                record = _unique(record, seen)
+                for resolution, placement in placements:
+                    yield PlacedImage(record, placement, index, resolution)
+
+
+def _placements(record: ImageRecord, policies: Sequence[BucketPolicy]) -> tuple[list[tuple[int, Placement]], list[str]]:
+    """Where an image goes at each resolution by its index, and why it has no place at the others."""
+    placements, reasons = [], []
+    for resolution, policy in enumerate(policies):
+        try:
+            placements.append((resolution, policy.place(record.size)))
+        except UnplaceableImage as reason:
+            reasons.append(str(reason))
+    return placements, reasons
 
 
 def balance(repeats: Sequence[int], *, num_train_images: int) -> list[int]:
@@ -114,28 +130,13 @@ def balance_reg(table: ImageTable) -> None:
 
 def _check_resolution(spec: DatasetSpec) -> None:
     """Buckets are aligned by their step; a resolution that is used as it is has to be aligned by the user."""
-    if not spec.enable_bucket and (spec.resolution.w % ALIGNMENT or spec.resolution.h % ALIGNMENT):
+    crooked = [size for size in spec.resolutions if size.w % ALIGNMENT or size.h % ALIGNMENT]
+    if crooked and not spec.enable_bucket:
         raise UserError(
-            f"resolution {spec.resolution} is not a multiple of {ALIGNMENT} on both sides",
+            f"resolution {crooked[0]} is not a multiple of {ALIGNMENT} on both sides",
             where="resolution of a data set without enable_bucket",
             fix="choose such a resolution, or turn on enable_bucket",
         )
-
-
-def group_into_pools(table: ImageTable, specs: Sequence[DatasetSpec]) -> list[Pool]:
-    """Pools in ascending order of (data set, bucket); each image is in its pool once per repeat."""
-    rows = table.rows
-    buckets = sorted({placement.bucket for placement in table.placements})
-    number_of = {bucket: number for number, bucket in enumerate(buckets)}
-    bucket_of = np.array([number_of[placement.bucket] for placement in table.placements], dtype=np.int64)
-    pool_of = table.dataset_of[rows] * len(buckets) + bucket_of[table.placement_of[rows]]
-    pools = []
-    for number in np.unique(pool_of).tolist():
-        dataset, bucket = divmod(number, len(buckets))
-        members = rows[pool_of == number]
-        repeats = table.repeats[table.image_of[members]]
-        pools.append(Pool(dataset, buckets[bucket], specs[dataset].batch_size, Rows.repeated(members, repeats)))
-    return pools
 
 
 def _unique(record: ImageRecord, seen: Counter[str]) -> ImageRecord:

@@ -7,7 +7,7 @@ same samples as one rank with batch 2b, and a run that resumes at step k sees th
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
@@ -29,13 +29,6 @@ class Rows(Sequence[Row]):
 
     def __init__(self, images: np.ndarray, repeats: np.ndarray) -> None:
         self._images, self._repeats = images, repeats
-
-    @classmethod
-    def repeated(cls, images: np.ndarray, counts: np.ndarray) -> Rows:
-        """Each image `counts` times, its repeats numbered from 0."""
-        ends = np.cumsum(counts)
-        numbers = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-        return cls(np.repeat(images, counts), numbers)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -133,10 +126,9 @@ def epoch_plan(pools: Sequence[Pool], *, world: int, accumulation: int, seed: in
     return EpochPlan(pools, orders, cuts, accumulation=accumulation)
 
 
-def count_steps(pools: Sequence[Pool], *, world: int, accumulation: int) -> int:
-    """The number of optimizer steps of an epoch, without making the plan."""
-    micro_batches = sum(-(-len(pool.rows) // (pool.batch_size * world)) for pool in pools)
-    return -(-micro_batches // accumulation)
+def count_micro_batches(sizes: Iterable[int], widths: Iterable[int]) -> int:
+    """The number of micro-batches of an epoch, without making the plan; `widths` are batch sizes over all ranks."""
+    return sum(-(-size // width) for size, width in zip(sizes, widths, strict=True))
 
 
 def rank_rows(micro_batch: MicroBatch, *, rank: int, world: int) -> RankRows:

@@ -100,8 +100,8 @@ def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, tota
 def entry_paths(standard: Sequence[Path], identities: Sequence[Hashable]) -> list[Path]:
     """The file of each entry, all different.
 
-    Of entries with one standard path (a.png beside a.jpg, or one folder used at two resolutions) the first has it, and
-    later ones get a hash of their identity into the name, so that they do not overwrite each other in turn.
+    Of entries with one standard path (a.png beside a.jpg) the first has it, and later ones get a hash of their identity
+    into the name, so that they do not overwrite each other in turn.
     """
     taken: set[Path] = set()
     paths = []

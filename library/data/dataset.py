@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from library.config.dataset_file import DatasetSpec
 from library.data import report
-from library.data.assemble import assemble, balance_reg, group_into_pools
-from library.data.batching import Pool, count_steps, epoch_plan, rank_rows
+from library.data.assemble import assemble, balance_reg
+from library.data.batching import Pool, epoch_plan, rank_rows
 from library.data.collate import BatchBuilder, Work
+from library.data.epochs import EpochPools
 from library.data.latent_filling import LatentFiller
 from library.data.records import ImageRecord, ScanReport, Skipped
 from library.data.report import DataSummary
@@ -116,7 +117,8 @@ class TrainData:
                 where=", ".join(subset.place for spec in self.specs for subset in spec.subsets),
                 fix=report.skipped_text(self.scan_report.skipped),
             )
-        self.pools: list[Pool] = group_into_pools(self.table, self.specs)
+        self._pools = EpochPools(self.table, self.specs, seed=self.settings.seed)
+        self._starts = [0]
         self._loader: DataLoader | None = None
         self._tokens: TokenSummary | None = None
 
@@ -126,14 +128,31 @@ class TrainData:
         return [self.table.record(image) for image in self.table.images.tolist()]
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
-        return count_steps(self.pools, world=self.settings.world, accumulation=self.settings.accumulation)
+    def pools(self) -> list[Pool]:
+        """Every image in every bucket where it may turn up, once per repeat; with one resolution, every epoch's."""
+        return self._pools.offered
+
+    @property
+    def epochs_are_equal(self) -> bool:
+        """Whether all epochs have the same number of steps, which a choice between resolutions prevents."""
+        return self._pools.are_equal
+
+    def steps_in(self, epoch: int) -> int:
+        """Optimizer steps of one epoch, counted from 0."""
+        return -(-self._pools.micro_batches(epoch, world=self.settings.world) // self.settings.accumulation)
+
+    def steps_before(self, epoch: int) -> int:
+        """Optimizer steps of all epochs before this one."""
+        if self.epochs_are_equal:
+            return epoch * self.steps_in(0)
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
+        return self._starts[epoch]
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches per rank in one epoch."""
-        return count_steps(self.pools, world=self.settings.world, accumulation=1)
+        """Micro-batches per rank in the first epoch."""
+        return self._pools.micro_batches(0, world=self.settings.world)
 
     def drop(self, failures: Sequence[Skipped]) -> None:
         """Leave images out for the rest of the run, by path. Every rank must drop the same ones."""
@@ -198,9 +217,13 @@ class TrainData:
         """
         settings = self.settings
         plan = epoch_plan(
-            self.pools, world=settings.world, accumulation=settings.accumulation, seed=settings.seed, epoch=epoch
+            self._pools.pools(epoch),
+            world=settings.world,
+            accumulation=settings.accumulation,
+            seed=settings.seed,
+            epoch=epoch,
         )
-        first = epoch * self.steps_per_epoch
+        first = self.steps_before(epoch)
 
         def works() -> Iterator[Work]:
             for step in range(start_step, len(plan)):

@@ -19,7 +19,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class FitSummary:
-    """Counts of one data set's images.
+    """Counts of one data set's images at one of its resolutions; `title` says which, "" when there is nothing to tell.
 
     `most_enlarged` is the largest factor by which sides grow, 1 when nothing is enlarged. `moved` counts the images
     that a limit gave another placement, `over` those that no size keeps within the limits; `named` describes the first
@@ -34,6 +34,7 @@ class FitSummary:
     moved: int
     over: int
     named: tuple[str, ...]
+    title: str = ""
 
     def lines(self) -> list[str]:
         """What there is to say, for the log; nothing when every image fits."""
@@ -52,8 +53,8 @@ class FitSummary:
         return lines
 
 
-def summarise_fits(table: ImageTable, rows: np.ndarray, policy: BucketPolicy) -> FitSummary:
-    """Count over rows of one data set, which have been placed by `policy`; each distinct size is looked at once."""
+def summarise_fits(table: ImageTable, rows: np.ndarray, policy: BucketPolicy, *, title: str = "") -> FitSummary:
+    """Count over rows that have been placed by `policy`; each distinct size is looked at once."""
     sides = table.sizes[table.image_of[rows]]
     packed, number_of, counts = np.unique(sides[:, 0] << 32 | sides[:, 1], return_inverse=True, return_counts=True)
     fits = [policy.fit(Size(code >> 32, code & 0xFFFFFFFF)) for code in packed.tolist()]
@@ -72,6 +73,7 @@ def summarise_fits(table: ImageTable, rows: np.ndarray, policy: BucketPolicy) ->
         moved=count(lambda fit: fit.is_moved),
         over=len(over),
         named=tuple(_describe(table[int(rows[i])], fits[number_of[i]]) for i in over[:NAMED].tolist()),
+        title=title,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from library.data.cache_index import CacheIndex
 from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace, require_writable
-from library.data.caching import Targets, entry_paths, inspect_all, usable
+from library.data.caching import Targets, inspect_all, usable
 from library.data.records import PlacedImage
 from library.data.stores import Entries, small_mask
 from library.data.table import ImageTable
@@ -274,9 +275,18 @@ def mask_source(image: PlacedImage) -> MaskSource | None:
     return "alpha" if image.record.subset.alpha_mask else None
 
 
-def latent_identity(image: PlacedImage) -> tuple:
-    """What the latents of an image and its mask depend on, besides the VAE; images that agree in it share an entry."""
-    record = image.record
-    own = (record.path, image.placement.bucket, image.placement.resized, record.subset.resize_interpolation)
-    source = mask_source(image)
-    return own if source is None else (*own, source, record.mask)
+def entry_digest(image: PlacedImage) -> str:
+    """8 hex digits for what an entry's name and the VAE leave open: file name, bucket, resize, filter and mask.
+
+    Nothing in it depends on the folder or on what else the run has, so the entry is found again.
+    """
+    placement, record, source = image.placement, image.record, mask_source(image)
+    facts: tuple = (
+        Path(record.path).name,
+        str(placement.bucket),
+        str(placement.resized),
+        record.subset.resize_interpolation,
+    )
+    if source is not None:
+        facts = (*facts, source, Path(record.mask).name if record.mask else None)
+    return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()

@@ -47,11 +47,15 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class PlacedImage:
-    """A record together with its bucket; `dataset` is the index of its `[[datasets]]` entry."""
+    """A record together with its bucket; `dataset` is the index of its `[[datasets]]` entry.
+
+    `resolution` is the index of the one of the data set's resolutions that the bucket belongs to.
+    """
 
     record: ImageRecord
     placement: Placement
     dataset: int
+    resolution: int = 0
 
 
 class Skipped(NamedTuple):

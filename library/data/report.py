@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from library.config.dataset_file import DatasetSpec, SubsetSpec
-from library.data.assemble import policy_of
+from library.data.assemble import policies_of
+from library.data.epochs import row_shares
 from library.data.fit_report import FitSummary, summarise_fits
 from library.data.records import ScanReport, Skipped
 from library.data.table import ImageTable
@@ -52,7 +53,8 @@ class DataSummary:
     `mean_ar_error` is over distinct images. `num_train_images` and `num_reg_images` are those of the metadata: samples
     of training images, and regularisation images times the repeats that their folder asks for.
     `masked` images have a loss mask, `held_out` ones are for validation; `splits` says that a share of them was asked
-    for. `tokens` is there when captions were counted. `fits` has one item per data set.
+    for. `tokens` is there when captions were counted. `fits` has one item per data set and resolution.
+    `is_expectation`: visits choose between resolutions, so `buckets` holds what an epoch has on average, rounded.
     """
 
     images: int
@@ -70,6 +72,7 @@ class DataSummary:
     splits: bool = False
     tokens: TokenSummary | None = None
     fits: tuple[FitSummary, ...] = ()
+    is_expectation: bool = False
 
     def text(self) -> str:
         """Lines for the log: subsets, buckets, images left out, images without a caption."""
@@ -82,13 +85,14 @@ class DataSummary:
             lines.append(f"{self.held_out} images held out for validation{too_few}")
         if self.masked:
             lines.append(f"{self.masked} images have a loss mask")
+        about = "on average, " if self.is_expectation else ""
         lines += [
-            f"bucket {i}: resolution {tuple(size)}, count: {count}"
+            f"bucket {i}: resolution {tuple(size)}, {about}count: {count}"
             for i, (size, count) in enumerate(self.buckets.items())
         ]
         lines.append(f"mean ar error (without repeats): {self.mean_ar_error:.6f}")
-        for number, fit in enumerate(self.fits, 1):
-            prefix = f"data set {number}: " if len(self.fits) > 1 else ""
+        for fit in self.fits:
+            prefix = f"{fit.title}: " if fit.title else ""
             lines += [line if line.startswith(" ") else f"{prefix}{line}" for line in fit.lines()]
         if self.tokens:
             lines.append(self.tokens.text())
@@ -116,7 +120,7 @@ def summarise(
     specs: Sequence[DatasetSpec], table: ImageTable, *, scan_report: ScanReport, tokens: TokenSummary | None = None
 ) -> DataSummary:
     """Count what is trained on and what is not."""
-    rows = table.rows
+    rows, shares = table.rows, row_shares(table, specs)
     subsets = tuple(
         SubsetSummary(
             group.subset.place,
@@ -132,8 +136,8 @@ def summarise(
     return DataSummary(
         images=len(table.images),
         repeats=int(table.repeats[table.images].sum()),
-        buckets=_bucket_counts(table, rows),
-        mean_ar_error=_mean_ar_error(table, rows),
+        buckets=_bucket_counts(table, rows, shares),
+        mean_ar_error=_mean_ar_error(table, rows, shares),
         skipped=tuple(scan_report.skipped),
         missing_captions=tuple(scan_report.missing_captions),
         subsets=subsets,
@@ -144,11 +148,20 @@ def summarise(
         masked=sum(len(group.used) for group in _groups(specs, table) if group.subset.has_masks),
         unused_reg=int((table.is_live & table.is_reg & (table.repeats == 0)).sum()),
         tokens=tokens,
-        fits=tuple(
-            summarise_fits(table, rows[table.dataset_of[rows] == index], policy_of(spec))
-            for index, spec in enumerate(specs)
-        ),
+        fits=tuple(_fits(specs, table)),
+        is_expectation=bool((shares[rows] < 1).any()),
     )
+
+
+def _fits(specs: Sequence[DatasetSpec], table: ImageTable) -> Iterator[FitSummary]:
+    """One for each data set and resolution."""
+    rows = table.rows
+    for index, spec in enumerate(specs):
+        for resolution, policy in enumerate(policies_of(spec)):
+            title = [f"data set {index + 1}"] if len(specs) > 1 else []
+            title += [f"at {policy.resolution}"] if spec.other_resolutions else []
+            here = (table.dataset_of[rows] == index) & (table.resolution_of[rows] == resolution)
+            yield summarise_fits(table, rows[here], policy, title=" ".join(title))
 
 
 def _num_train_images(table: ImageTable, images: np.ndarray) -> int:
@@ -198,7 +211,7 @@ def ss_metadata(
     """
     groups = [group for group in _groups(specs, table) if len(group.listed)]
     datasets = [
-        _dataset_info(spec, table, index, [group for group in groups if group.dataset == index])
+        _dataset_info(specs, table, index, [group for group in groups if group.dataset == index])
         for index, spec in enumerate(specs)
         if not all(subset.is_validation for subset in spec.subsets)
     ]
@@ -237,8 +250,11 @@ def ss_metadata(
     )
 
 
-def _dataset_info(spec: DatasetSpec, table: ImageTable, index: int, groups: Sequence[_Group]) -> dict[str, object]:
-    """One item of the `datasets` list."""
+def _dataset_info(
+    specs: Sequence[DatasetSpec], table: ImageTable, index: int, groups: Sequence[_Group]
+) -> dict[str, object]:
+    """One item of the `datasets` list; of several resolutions it names the first, and the buckets of all."""
+    spec = specs[index]
     here = table.image_datasets == index
     used = table.images[here[table.images]]
     return {
@@ -251,7 +267,9 @@ def _dataset_info(spec: DatasetSpec, table: ImageTable, index: int, groups: Sequ
         "min_bucket_reso": spec.min_bucket_reso,
         "max_bucket_reso": spec.max_bucket_reso,
         "tag_frequency": {_basename(group.subset): _tag_frequency(table, group.listed) for group in groups},
-        "bucket_info": _bucket_info(spec, table, table.rows[table.dataset_of[table.rows] == index]),
+        "bucket_info": _bucket_info(
+            spec, table, table.rows[table.dataset_of[table.rows] == index], shares=row_shares(table, specs)
+        ),
         "resize_interpolation": spec.subsets[0].resize_interpolation,
         "subsets": [_subset_info(group.subset, len(group.listed)) for group in groups],
     }
@@ -305,28 +323,30 @@ def _merge_folders(
     return dirs, tags
 
 
-def _bucket_info(spec: DatasetSpec, table: ImageTable, rows: np.ndarray) -> dict[str, object] | None:
+def _bucket_info(
+    spec: DatasetSpec, table: ImageTable, rows: np.ndarray, *, shares: np.ndarray
+) -> dict[str, object] | None:
     if not spec.enable_bucket:
         return None
-    counts = _bucket_counts(table, rows)
+    counts = _bucket_counts(table, rows, shares)
     buckets = {i: {"resolution": list(size), "count": count} for i, (size, count) in enumerate(counts.items())}
-    return {"buckets": buckets, "mean_img_ar_error": _mean_ar_error(table, rows)}
+    return {"buckets": buckets, "mean_img_ar_error": _mean_ar_error(table, rows, shares)}
 
 
-def _bucket_counts(table: ImageTable, rows: np.ndarray) -> dict[Size, int]:
-    """Visits per epoch of each bucket, in ascending order."""
-    repeats = table.repeats[table.image_of[rows]]
+def _bucket_counts(table: ImageTable, rows: np.ndarray, shares: np.ndarray) -> dict[Size, int]:
+    """Visits per epoch of each bucket, in ascending order; expected ones, rounded, where visits have a choice."""
+    repeats = table.repeats[table.image_of[rows]] * shares[rows]
     per_placement = np.bincount(table.placement_of[rows], weights=repeats, minlength=len(table.placements))
-    counts: Counter[Size] = Counter()
+    counts: defaultdict[Size, float] = defaultdict(float)
     for placement, count in zip(table.placements, per_placement.tolist(), strict=True):
         if count:
-            counts[placement.bucket] += int(count)
-    return dict(sorted(counts.items()))
+            counts[placement.bucket] += count
+    return {bucket: round(count) for bucket, count in sorted(counts.items())}
 
 
-def _mean_ar_error(table: ImageTable, rows: np.ndarray) -> float:
+def _mean_ar_error(table: ImageTable, rows: np.ndarray, shares: np.ndarray) -> float:
     errors = np.array([abs(placement.ar_error) for placement in table.placements], dtype=np.float64)
-    return float(errors[table.placement_of[rows]].mean()) if len(rows) else 0.0
+    return float(np.average(errors[table.placement_of[rows]], weights=shares[rows])) if len(rows) else 0.0
 
 
 def _tag_frequency(table: ImageTable, images: np.ndarray) -> dict[str, int]:

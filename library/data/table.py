@@ -92,7 +92,8 @@ class ImageTable(Sequence[PlacedImage]):
     one row. Rows and numbers stay what they are for the whole run: `drop` marks images as gone, and an image without
     repeats is not used either. `rows` and `images` list what is used; in a `part`, what is used of it.
 
-    Columns by row: `image_of`, `dataset_of` (int64) and `placement_of` (int64, into `placements`). By image: `keys`,
+    Columns by row: `image_of`, `dataset_of` (int64), `placement_of` (int64, into `placements`) and `resolution_of`
+    (int64, into the resolutions of the data set). By image: `keys`,
     `paths`, `captions`, `tags`, `masks`, `controls`; `sizes` (int64, (N, 2): w, h); `subset_of` (int64, into
     `subsets`); `repeats` (int64, may be set); `weights` (float64); `stamps` (int64, (N, 2): bytes and mtime_ns, -1
     where the source did not look); `path_ids` (uint64, `text_id` of the path); `is_validation` (bool).
@@ -106,7 +107,7 @@ class ImageTable(Sequence[PlacedImage]):
         self._fill(images)
 
     def _fill(self, images: Iterable[PlacedImage]) -> None:
-        image_of, dataset_of, placement_of, subset_of, repeats = (array("q") for _ in range(5))
+        image_of, dataset_of, placement_of, resolution_of, subset_of, repeats = (array("q") for _ in range(6))
         sizes, stamps, weights, path_ids = array("q"), array("q"), array("d"), array("Q")
         placement_numbers: dict[Placement, int] = {}
         subset_numbers: dict[int, int] = {}
@@ -138,8 +139,10 @@ class ImageTable(Sequence[PlacedImage]):
                 self.placements.append(placed.placement)
             placement_of.append(number)
             dataset_of.append(placed.dataset)
+            resolution_of.append(placed.resolution)
             image_of.append(len(self.keys) - 1)
         self.image_of, self.dataset_of, self.placement_of = map(_int64, (image_of, dataset_of, placement_of))
+        self.resolution_of = _int64(resolution_of)
         self.subset_of, self.repeats = _int64(subset_of), _int64(repeats)
         self.sizes, self.stamps = _int64(sizes).reshape(-1, 2), _int64(stamps).reshape(-1, 2)
         self.weights = np.array(weights, dtype=np.float64)
@@ -158,7 +161,8 @@ class ImageTable(Sequence[PlacedImage]):
     def __getitem__(self, row: int | slice) -> PlacedImage | list[PlacedImage]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        return PlacedImage(self.record(int(self.image_of[row])), self.placement(row), int(self.dataset_of[row]))
+        record = self.record(int(self.image_of[row]))
+        return PlacedImage(record, self.placement(row), int(self.dataset_of[row]), int(self.resolution_of[row]))
 
     def placement(self, row: int) -> Placement:
         """Where the image of a row goes."""

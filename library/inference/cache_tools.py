@@ -28,7 +28,13 @@ _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def cache_latents(cfg: RunConfig) -> CacheReport:
     """Write the latents of every image of the data set beside it; what is there and still right stays."""
     state = PartialState(cpu=not torch.cuda.is_available())
-    data = _data(cfg)
+    report = fill_latents(cfg, _data(cfg), state)
+    state.destroy_process_group()
+    return report
+
+
+def fill_latents(cfg: RunConfig, data: TrainData, state: PartialState) -> CacheReport:
+    """Write the latents of `data` that are not there yet, this process's share; what cannot be encoded is dropped."""
     dtype = _DTYPES[cfg.loop.mixed_precision]
     bundle = checkpoint.load_bundle(
         cfg.model.pretrained_model_name_or_path,
@@ -41,7 +47,8 @@ def cache_latents(cfg: RunConfig) -> CacheReport:
     _, report = encode_pass.cache_latents_pass(
         bundle, data, cfg=cfg, device=state.device, rank=state.process_index, world=state.num_processes
     )
-    return _finish(state, report, "latents")
+    _tell(report, "latents")
+    return report
 
 
 def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
@@ -62,7 +69,9 @@ def cache_text_encoder_outputs(cfg: RunConfig) -> CacheReport:
     _, report = encode_pass.cache_text_pass(
         bundle, data, cfg=cfg, device=state.device, rank=state.process_index, world=state.num_processes
     )
-    return _finish(state, report, "text encoder outputs")
+    _tell(report, "text encoder outputs")
+    state.destroy_process_group()
+    return report
 
 
 def _data(cfg: RunConfig, **settings: Any) -> TrainData:
@@ -75,8 +84,6 @@ def _data(cfg: RunConfig, **settings: Any) -> TrainData:
     return data
 
 
-def _finish(state: PartialState, report: CacheReport, what: str) -> CacheReport:
+def _tell(report: CacheReport, what: str) -> None:
     if report.stale or report.failed:
         log.info(report.text(what))
-    state.destroy_process_group()
-    return report

@@ -239,7 +239,7 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
     step.train()
     wrapped = accelerator.prepare_model(step)
     length = schedule(
-        run.data.steps_per_epoch,
+        run.data,
         max_train_steps=cfg.loop.max_train_steps,
         max_train_epochs=cfg.loop.max_train_epochs,
     )
@@ -259,7 +259,11 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
 def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:
     facts = RunFacts(
         run_seed=run.seed,
-        data=data_identity(run.data.pools, world=run.accelerator.num_processes),
+        data=data_identity(
+            run.data.pools,
+            world=run.accelerator.num_processes,
+            weights=[] if run.data.epochs_are_equal else [spec.weights for spec in run.data.specs],
+        ),
         accumulation=run.cfg.loop.gradient_accumulation_steps,
     )
     others = {"optimizer": optimizer, "scheduler": scheduler, "meters": view.meters}

@@ -7,26 +7,40 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from library.data.dataset import DataSummary
+from library.data.dataset import DataSummary, TrainData
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is. `steps_per_epoch` and `total_steps` count optimizer steps."""
+    """How long a run is: optimizer steps, epochs begun, and the steps of its shortest and its longest epoch."""
 
-    steps_per_epoch: int
     total_steps: int
+    num_epochs: int
+    shortest_epoch: int
+    longest_epoch: int
 
-    @property
-    def num_epochs(self) -> int:
-        """Epochs begun by a run of `total_steps`."""
-        return -(-self.total_steps // self.steps_per_epoch)
+    def text(self) -> str:
+        """The length in words."""
+        if self.shortest_epoch == self.longest_epoch:
+            return f"{self.total_steps} in {self.num_epochs} epochs of {self.longest_epoch}"
+        return (
+            f"{self.total_steps} in {self.num_epochs} epochs of {self.shortest_epoch} to {self.longest_epoch}, as the "
+            "resolutions are drawn anew in each"
+        )
 
 
-def schedule(steps_per_epoch: int, *, max_train_steps: int, max_train_epochs: int | None) -> Schedule:
-    """Epochs win over steps when both are given, as in sd-scripts."""
-    total = steps_per_epoch * max_train_epochs if max_train_epochs else max_train_steps
-    return Schedule(steps_per_epoch, total)
+def schedule(data: TrainData, *, max_train_steps: int, max_train_epochs: int | None) -> Schedule:
+    """Epochs win over steps when both are given, as in sd-scripts; epochs of several lengths are added up."""
+    if data.epochs_are_equal:
+        length = data.steps_in(0)
+        total = length * max_train_epochs if max_train_epochs else max_train_steps
+        return Schedule(total, -(-total // length), length, length)
+    epochs = max_train_epochs or 0
+    while not max_train_epochs and data.steps_before(epochs) < max_train_steps:
+        epochs += 1
+    total = data.steps_before(epochs) if max_train_epochs else max_train_steps
+    lengths = [data.steps_in(epoch) for epoch in range(epochs)]
+    return Schedule(total, epochs, min(lengths), max(lengths))
 
 
 def end_text(seconds_per_step: float | None, steps_left: int, *, now: datetime) -> str:
@@ -54,7 +68,7 @@ def plan_text(
     row("images", f"{data.images} ({data.repeats} samples an epoch with repeats){skipped}")
     row("buckets", f"{len(data.buckets)} (listed above), mean aspect error {data.mean_ar_error:.4f}")
     row("batch", batch)
-    row("steps", f"{run.total_steps} in {run.num_epochs} epochs of {run.steps_per_epoch}")
+    row("steps", run.text())
     for group in groups:
         count = sum(p.numel() for p in group["params"])
         row("trains", f"{group['name']}: {count:,} parameters in {len(group['params'])} tensors, lr {_rate(group)}")

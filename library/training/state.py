@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,15 +68,18 @@ class RunFacts:
     accumulation: int
 
 
-def data_identity(pools: Iterable[Any], *, world: int) -> str:
+def data_identity(pools: Iterable[Any], *, world: int, weights: Sequence[tuple[float, ...]] = ()) -> str:
     """Short hash of which samples there are, in which buckets, in global micro-batches of which size.
 
     Two ranks with a batch of 1 and one rank with a batch of 2 have the same identity, because they see the same data.
+    `weights` are those of the resolutions of each data set, where an image has several.
     """
     digest = hashlib.blake2b(digest_size=12)
     for pool in pools:
         digest.update(repr((pool.dataset, tuple(pool.bucket), pool.batch_size * world)).encode())
         digest.update(repr([tuple(row) for row in pool.rows]).encode())
+    if weights:
+        digest.update(repr([tuple(map(float, each)) for each in weights]).encode())
     return digest.hexdigest()
 
 

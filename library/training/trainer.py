@@ -58,7 +58,7 @@ class Trainer:
                 self._one_step(group)
                 if progress.global_step >= view.total_steps or view.stop:
                     break
-            if progress.step_in_epoch >= self.data.steps_per_epoch:
+            if progress.step_in_epoch >= self.data.steps_in(progress.epoch):
                 progress.next_epoch()
                 self._fire(Event.EPOCH)
         if not started:  # a finished run was resumed

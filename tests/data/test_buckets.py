@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.assemble import policy_of
+from library.data.assemble import policies_of
 from library.data.buckets import BucketPolicy, Placement, UnplaceableImage, bucket_list, cover, enlargement
 from library.data.transforms import crop_info
 from library.diffusion.crops import legacy_size_ids
@@ -268,7 +268,7 @@ def test_a_limit_may_be_reached_and_not_passed():
 
 def test_a_data_set_says_its_policy():
     given = {"bucket_no_upscale": True, "bucket_selection": "area", "bucket_max_crop": 0.2, "bucket_max_upscale": 1.5}
-    policy = policy_of(dataset(resolution=Size(96, 64), min_bucket_reso=64, bucket_reso_steps=64, **given))
+    policy = policies_of(dataset(resolution=Size(96, 64), min_bucket_reso=64, bucket_reso_steps=64, **given))[0]
     values = {"minimum": 64, "maximum": 128, "step": 64, "no_upscale": True, "selection": "area"}
     assert policy == BucketPolicy(Size(96, 64), **values, max_crop=0.2, max_upscale=1.5)
 

@@ -64,7 +64,7 @@ def same(first, second):
 def test_an_epoch_serves_every_image_as_often_as_it_repeats(folder):
     data = build(folder, subset_changes=RANDOM, accumulation=2)
     groups = list(data.epoch(0))
-    assert len(groups) == data.steps_per_epoch
+    assert len(groups) == data.steps_in(0)
     assert sum(len(group.micro_batches) for group in groups) == data.batches_per_epoch
     served = Counter(key.record for group in groups for batch in group.micro_batches for key in batch.keys)
     assert served == {record.key: 2 for record in data.records}
@@ -293,9 +293,9 @@ def test_the_token_warm_up_follows_the_steps_of_the_run(folder, workers):
     data = build(
         folder, subset_changes={"token_warmup_step": 0.5, "num_repeats": 2}, accumulation=2, num_workers=workers
     )
-    data.set_length(4 * data.steps_per_epoch)
-    length = 2 * data.steps_per_epoch
+    data.set_length(4 * data.steps_in(0))
+    length = 2 * data.steps_in(0)
     for epoch, start in ((0, 0), (1, 0), (1, 2), (2, 0)):
-        for step, group in enumerate(data.epoch(epoch, start), epoch * data.steps_per_epoch + start):
+        for step, group in enumerate(data.epoch(epoch, start), epoch * data.steps_in(0) + start):
             parts = {len(caption.split(", ")) for batch in group.micro_batches for caption in batch.captions}
             assert parts == {3 if step >= length else step * 2 // length + 1}
