@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from library.data.cache_index import CacheIndex
-from library.data.caching import Targets, entry_paths, inspect_all
+from library.data.caching import Targets
+from library.data.entry_places import EntryPaths, EntryPlaces, Seen, ids_of, image_stamps
+from library.data.folder_listing import GONE
 from library.data.records import PlacedImage
 from library.data.stores import Entries
-from library.data.table import ImageTable
+from library.data.table import ImageTable, text_id
 from library.data.transforms import crop_info
 from library.io import fingerprint, latent_cache
+from library.io.fingerprint import ImageStamp
 from library.io.latent_cache import CacheCheck, LatentEntry
 
 CELL = 8
@@ -85,10 +87,10 @@ class NpzEntries:
 
     in_memory = False
 
-    def __init__(self, paths: Sequence[Path], numbers: Sequence[int]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: EntryPaths, numbers: np.ndarray) -> None:
+        self._paths = paths
         self._is_there = np.zeros(len(paths), dtype=bool)
-        self._is_there[list(numbers)] = True
+        self._is_there[numbers] = True
 
     def read(self, number: int) -> LatentEntry:
         """One entry."""
@@ -107,64 +109,57 @@ class NpzLatents:
     ) -> None:
         self._table, self._targets = table, targets
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
-        images = [table[row] for row in targets.first.tolist()]
-        self._paths = entry_paths(
-            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images],
-            [latent_identity(image) for image in images],
+        images = table.image_of[targets.first]
+        self._stamps = image_stamps(table, images)
+        kinds = (table.placement_of[targets.first], table.subset_of[images], needs_flip)
+        made_from = (table.name_ids[images], *self._stamps.T, ids_of(kinds, self._recipe))
+        self._files = EntryPlaces(
+            "latents",
+            [[folder] for folder in table.folders],
+            folder_of=table.folder_of[images],
+            made_from=made_from,
         )
-        self._index = CacheIndex()
-        self._foreign: set[int] = set()
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
-        """Ask the folders' indexes first, and open the files that they do not know."""
-        self._index.load({path.parent for path in self._paths})
-        checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking latents")
-        self._foreign = {number for number, check in enumerate(checks) if check.status == "foreign"}
-        return checks
+        """Ask the folders' indexes first; look for the files that they do not know, and open them."""
+        rest = self._files.confirm(rank=rank)
+        images = [self._image(number) for number in rest.tolist()]
+        standard = [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images]
+        self._files.choose(rest, standard, identities=[latent_identity(image) for image in images])
+        return self._files.checks(self._inspect, rank=rank, world=world, title="checking latents")
 
     def place(self, number: int) -> str:
         """Its file."""
-        return str(self._paths[number])
+        return self._files.paths[number]
 
     def put(self, number: int, entry: LatentEntry) -> None:
         """Write its file."""
-        latent_cache.write(self._paths[number], entry, self._fingerprint(number, with_hash=True))
+        path = self._files.paths[number]
+        latent_cache.write(path, entry, self._fingerprint(number, with_hash=True))
+        self._files.see(number)
 
-    def share(self) -> None:
-        """The others find the files by themselves."""
+    def share(self) -> Seen:
+        """The files' sizes and times, for the indexes."""
+        return self._files.seen()
 
-    def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> NpzEntries:
+    def entries(self, shared: Sequence[Seen], *, right: Sequence[int], rank: int) -> NpzEntries:
         """The files; the first rank notes in the folders' indexes which are right."""
+        numbers = np.asarray(right, dtype=np.int64)
         if rank == 0 and not self._skip_check:
-            for number in set(right) - self._foreign:
-                if (expected := self._expected(number)) is not None:
-                    self._index.add(self._paths[number], expected, contents=self._contents(number))
-            self._index.save()
-        return NpzEntries(self._paths, right)
+            self._files.note(shared, numbers[self._stamps[numbers, 0] != GONE])
+        return NpzEntries(self._files.paths, numbers)
 
     def _image(self, number: int) -> PlacedImage:
         return self._table[int(self._targets.first[number])]
 
-    def _contents(self, number: int) -> str:
-        return "plain and mirrored" if self._needs_flip[number] else "plain"
-
-    def _expected(self, number: int) -> str | None:
-        """The fingerprint that the entry should have; None when the image has gone since the scan."""
-        try:
-            return self._fingerprint(number, with_hash=False)
-        except OSError:
-            return None
-
-    def _inspect(self, number: int) -> CacheCheck:
-        path = self._paths[number]
+    def _inspect(self, number: int, path: str) -> CacheCheck:
         if self._skip_check:
-            return CacheCheck("valid" if path.exists() else "missing")
-        expected = self._expected(number)
-        if expected is None:
-            # Encoding the image will fail and say so.
+            return CacheCheck("valid" if os.path.exists(path) else "missing")
+        try:
+            expected = self._fingerprint(number, with_hash=False)
+        except OSError:
+            # The image has gone since the scan. Encoding it will fail and say so.
             return CacheCheck("missing")
-        if self._index.confirms(path, expected, contents=self._contents(number)):
-            return CacheCheck("valid")
         image = self._image(number)
         bucket = image.placement.bucket
         return latent_cache.inspect(
@@ -177,9 +172,17 @@ class NpzLatents:
 
     def _fingerprint(self, number: int, *, with_hash: bool) -> str:
         image = self._image(number)
+        return self._described(image, fingerprint.image_stamp(image.record.path, with_hash=with_hash))
+
+    def _recipe(self, number: int) -> int:
+        """64 bits that stand for all that an entry depends on but the image file, and for what must be in it."""
+        contents = "plain and mirrored" if self._needs_flip[number] else "plain"
+        return text_id(f"{contents}\n{self._described(self._image(number), ImageStamp(0, 0))}")
+
+    def _described(self, image: PlacedImage, stamp: ImageStamp) -> str:
         crop = crop_info(image.record.size, image.placement, flipped=False)
         return fingerprint.latent_fingerprint(
-            image=fingerprint.image_stamp(image.record.path, with_hash=with_hash),
+            image=stamp,
             bucket=crop.target,
             resized=crop.resized,
             crop=(crop.left, crop.top),

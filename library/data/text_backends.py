@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from library.data.cache_index import CacheIndex
-from library.data.caching import entry_paths, inspect_all
+from library.data.entry_places import EntryPaths, EntryPlaces, Seen
 from library.data.stores import Entries, text_row
+from library.data.table import ImageTable, text_id
 from library.diffusion.conditioning import TextCond
 from library.io import fingerprint, text_cache
 from library.io.latent_cache import CacheCheck
@@ -98,10 +98,10 @@ class NpzTextEntries:
 
     in_memory = False
 
-    def __init__(self, paths: Sequence[Path], numbers: Sequence[int]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: EntryPaths, numbers: np.ndarray) -> None:
+        self._paths = paths
         self._is_there = np.zeros(len(paths), dtype=bool)
-        self._is_there[list(numbers)] = True
+        self._is_there[numbers] = True
 
     def read(self, number: int) -> TextCond:
         """One entry."""
@@ -113,54 +113,69 @@ class NpzTextEntries:
 
 
 class NpzText:
-    """Keeps every entry in a file of sd-scripts' format. `captions` are those that are encoded, one per entry."""
+    """Keeps every entry in a file of sd-scripts' format.
 
-    def __init__(self, image_paths: Sequence[str], captions: Sequence[str], options: TextCacheOptions) -> None:
-        self._captions, self._options = captions, options
-        self._paths = entry_paths(list(map(text_cache.text_cache_path, image_paths)), captions)
-        self._index = CacheIndex()
-        self._foreign: set[int] = set()
+    `images` are the numbers of the images that stand for the entries, `caption_ids` (uint64) and `captions` what is
+    encoded.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        images: np.ndarray,
+        *,
+        captions: Sequence[str],
+        caption_ids: np.ndarray,
+        options: TextCacheOptions,
+    ) -> None:
+        self._table, self._images, self._captions, self._options = table, images, captions, options
+        recipe = np.full(len(images), text_id(self._described("")), dtype=np.uint64)
+        self._files = EntryPlaces(
+            "text",
+            [[folder] for folder in table.folders],
+            folder_of=table.folder_of[images],
+            made_from=(table.name_ids[images], caption_ids, recipe),
+        )
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
-        """Ask the folders' indexes first, and open the files that they do not know."""
-        self._index.load({path.parent for path in self._paths})
-        checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking captions")
-        self._foreign = {number for number, check in enumerate(checks) if check.status == "foreign"}
-        return checks
+        """Ask the folders' indexes first; look for the files that they do not know, and open them."""
+        rest = self._files.confirm(rank=rank)
+        image_paths = [self._table.paths.text(image) for image in self._images[rest].tolist()]
+        standard = [text_cache.text_cache_path(path) for path in image_paths]
+        self._files.choose(rest, standard, identities=[self._captions[number] for number in rest.tolist()])
+        return self._files.checks(self._inspect, rank=rank, world=world, title="checking captions")
 
     def place(self, number: int) -> str:
         """Its file."""
-        return str(self._paths[number])
+        return self._files.paths[number]
 
     def put(self, number: int, row: TextCond) -> None:
         """Write its file."""
         hidden, width = row.hidden_BTD[0], self._options.width_1
         entry = TextEntry(hidden[:, :width], hidden[:, width:], row.pooled_BP[0])
-        text_cache.write(self._paths[number], entry, self._fingerprint(number))
+        text_cache.write(self._files.paths[number], entry, self._described(self._captions[number]))
+        self._files.see(number)
 
-    def share(self) -> None:
-        """The others find the files by themselves."""
+    def share(self) -> Seen:
+        """The files' sizes and times, for the indexes."""
+        return self._files.seen()
 
-    def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> NpzTextEntries:
+    def entries(self, shared: Sequence[Seen], *, right: Sequence[int], rank: int) -> NpzTextEntries:
         """The files; the first rank notes in the folders' indexes which are right."""
+        numbers = np.asarray(right, dtype=np.int64)
         if rank == 0 and not self._options.skip_check:
-            for number in set(right) - self._foreign:
-                self._index.add(self._paths[number], self._fingerprint(number))
-            self._index.save()
-        return NpzTextEntries(self._paths, right)
+            self._files.note(shared, numbers)
+        return NpzTextEntries(self._files.paths, numbers)
 
-    def _inspect(self, number: int) -> CacheCheck:
-        path = self._paths[number]
+    def _inspect(self, number: int, path: str) -> CacheCheck:
         if self._options.skip_check:
-            return CacheCheck("valid" if path.exists() else "missing")
-        expected = self._fingerprint(number)
-        if self._index.confirms(path, expected):
-            return CacheCheck("valid")
+            return CacheCheck("valid" if os.path.exists(path) else "missing")
+        expected = self._described(self._captions[number])
         return text_cache.inspect(path, expected, num_tokens=self._options.max_token_length + 2)
 
-    def _fingerprint(self, number: int) -> str:
+    def _described(self, caption: str) -> str:
         return fingerprint.text_fingerprint(
-            caption=self._captions[number],
+            caption=caption,
             text_encoder_id=self._options.text_encoder_id,
             max_token_length=self._options.max_token_length,
             weighted=self._options.weighted,

@@ -50,8 +50,8 @@ def build_text(
     wordings = [captions[image] for image in targets.first.tolist()]
     backend: TextBackend = MemoryText(len(targets))
     if options.to_disk:
-        paths = [table.paths.text(image) for image in targets.first.tolist()]
-        backend = NpzText(paths, wordings, options)
+        ids = np.fromiter(map(text_id, wordings), np.uint64, len(wordings))
+        backend = NpzText(table, targets.first, captions=wordings, caption_ids=ids, options=options)
     checks = backend.look(rank=rank, world=world)
     store_empty = encode([""]).to("cpu", torch.float32)
     waiting: dict[str, list[int]] = {}
