@@ -129,7 +129,7 @@ class CacheIndex:
 
 
 def rows_of(asked: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Of each row of `asked` the equal row of `known` (both uint64, (*, K)) by number: int64, -1 where there is none."""
+    """The number of the row of `known` that equals each row of `asked` (both uint64, (*, K)): int64, -1 for none."""
     if np.array_equal(asked, known):
         return np.arange(len(asked))
     if not len(known):

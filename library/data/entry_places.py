@@ -45,9 +45,9 @@ class _Confirmed(NamedTuple):
 class EntryPlaces:
     """The files of entries, found in the folders' indexes or else chosen.
 
-    `folders` says for each folder of images where entries may lie, the place for new ones first; `folder_of` (int, (N,))
-    gives for each entry its folder of images; `made_from` are K columns of 64 bits as in the index: which image, and
-    what else the entry depends on.
+    `folders` says for each folder of images where entries may lie, the place for new ones first; `folder_of` (int,
+    (N,)) gives for each entry its folder of images; `made_from` are K columns of 64 bits as in the index: which image,
+    and what else the entry depends on.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class EntryPlaces:
             return
         names: list[str | None] = self._names[:]
         wanted = set(map(str, standard))
-        taken = [Path(path) for number in np.flatnonzero(self._names.is_there) if (path := self.paths[number]) in wanted]
+        taken = [
+            Path(path) for number in np.flatnonzero(self._names.is_there) if (path := self.paths[number]) in wanted
+        ]
         for number, path in zip(numbers.tolist(), entry_paths(standard, identities, taken=taken), strict=True):
             folder, names[number] = os.path.split(path)
             if folder not in self._number_of_folder:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from library.data.caching import CacheReport, Targets, chunked, exchange, group_targets, stale_entries, usable
-from library.data.captions import fixed_caption, has_one_wording
+from library.data.captions import fixed_wording, has_one_wording
 from library.data.progress import progress_bar
 from library.data.stores import TextStore
 from library.data.table import ImageTable, text_id
@@ -70,8 +70,10 @@ def _captions(table: ImageTable) -> dict[int, str]:
     """The caption that is encoded for every image in use; equal ones are one object."""
     shared: dict[str, str] = {}
     captions = {}
-    for image in table.images.tolist():
-        caption = fixed_caption(table.captions.text(image), table.subset(image))
+    wordings = [fixed_wording(subset) for subset in table.subsets]
+    images = table.images
+    for image, subset in zip(images.tolist(), table.subset_of[images].tolist(), strict=True):
+        caption = wordings[subset](table.captions.text(image))
         captions[image] = shared.setdefault(caption, caption)
     return captions
 
