@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from library.config.dataset_file import DatasetSpec
+from library.config.dataset_file import DatasetSpec, SubsetSpec
 from library.data.batching import Pool, Rows
 from library.data.buckets import BucketPolicy, UnplaceableImage
 from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
@@ -35,8 +38,10 @@ def policy_of(spec: DatasetSpec) -> BucketPolicy:
     )
 
 
-def assemble(specs: Sequence[DatasetSpec]) -> tuple[ImageTable, ScanReport]:
+def assemble(specs: Sequence[DatasetSpec], *, cache_dir: Path | None = None) -> tuple[ImageTable, ScanReport]:
     """Every usable image of every data set, in the order of the descriptions, and what was left out.
+
+    Sources that keep an index of what they read have it below `cache_dir`, without one beside the images.
 
     Within a data set the regularisation images come last, with the repeats that `balance` gives them.
     """
@@ -47,24 +52,33 @@ def assemble(specs: Sequence[DatasetSpec]) -> tuple[ImageTable, ScanReport]:
     for spec in specs:
         _check_resolution(spec)
     report = ScanReport()
-    table = ImageTable(_place_all(specs, report))
+    table = ImageTable(_place_all(specs, report, cache_dir=cache_dir))
     balance_reg(table)
     return table, report
 
 
-def _place_all(specs: Sequence[DatasetSpec], report: ScanReport) -> Iterator[PlacedImage]:
+def _place_all(specs: Sequence[DatasetSpec], report: ScanReport, *, cache_dir: Path | None) -> Iterator[PlacedImage]:
     seen: Counter[str] = Counter()
     for index, spec in enumerate(specs):
         policy = policy_of(spec)
         for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
             source = load_plugin("library.data.sources", subset.source)
-            for record in source.scan(subset, report=report):
+            for record in _records(source, subset, report=report, cache_dir=cache_dir):
                 try:
                     placement = policy.place(record.size)
                 except UnplaceableImage as reason:
                     report.skipped.append(Skipped(record.path, str(reason)))
                     continue
                 yield PlacedImage(_unique(record, seen), placement, index)
+
+
+def _records(
+    source: ModuleType, subset: SubsetSpec, *, report: ScanReport, cache_dir: Path | None
+) -> Iterable[ImageRecord]:
+    """What a source lists; only one that keeps something has a use for the folder."""
+    if "cache_dir" in signature(source.scan).parameters:
+        return source.scan(subset, report=report, cache_dir=cache_dir)
+    return source.scan(subset, report=report)
 
 
 def balance(repeats: Sequence[int], *, num_train_images: int) -> list[int]:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -39,7 +40,7 @@ class DataSettings:
     `tokenize` runs in the main process only; without it batches have no tokens. `num_workers` processes (never more
     than there are CPU cores) read the files of coming batches; `persistent_workers` keeps them from epoch to epoch.
     `legacy_crop` gives the size ids of sd-scripts. With `count_tokens` the summary says which captions are longer than
-    `max_token_length`.
+    `max_token_length`. Indexes of the images lie below `cache_dir`, without one beside the images.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class DataSettings:
     legacy_crop: bool = False
     count_tokens: CountTokens | None = None
     max_token_length: int = 75
+    cache_dir: Path | None = None
 
 
 def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData:
@@ -61,7 +63,7 @@ def build_train_data(specs: Sequence[DatasetSpec], **settings: Any) -> TrainData
     in `summary()`. Raises UserError when a folder is missing or empty or when nothing is left to train on.
     """
     chosen = DataSettings(**settings)
-    table, scan_report = assemble(specs)
+    table, scan_report = assemble(specs, cache_dir=chosen.cache_dir)
     return TrainData(specs, table, scan_report=scan_report, settings=chosen)
 
 

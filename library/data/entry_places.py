@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from library.data.cache_index import CacheIndex, Known, join_stamps
-from library.data.caching import agreed, entry_paths, groups_of, inspect_all
+from library.data.caching import agreed, entry_paths, groups_of, inspect_all, usable
 from library.data.folder_listing import GONE, file_stamps
 from library.data.table import ImageTable, TextColumn
 from library.io.latent_cache import CacheCheck
@@ -106,6 +106,8 @@ class EntryPlaces:
         found = inspect_all(len(rest), look, rank=rank, world=world, title=title)
         for number, check in zip(rest, found, strict=True):
             checks[number] = check
+            if not usable(check):
+                self._stamps[number] = GONE  # the rank that builds it will see it anew
         self._foreign = [number for number, check in zip(rest, found, strict=True) if check.status == "foreign"]
         return checks
 
