@@ -10,6 +10,7 @@ from library.data import latent_backends
 from library.data.assemble import assemble
 from library.data.cache_index import CacheIndex, Known, index_name
 from library.data.caching import groups_of
+from library.data.entry_places import EntryPlaces
 from library.data.folder_listing import file_stamps
 from library.data.latent_caching import LatentCacheOptions, build_latents
 from library.data.text_caching import TextCacheOptions, build_text
@@ -125,6 +126,23 @@ def test_a_folder_that_cannot_be_written_goes_without_an_index(folder):
     note(folder)
     assert list((folder / index_name("latents")).iterdir()) == []
     assert find(folder) == [None] * 3
+
+
+def test_an_entry_is_looked_for_where_new_ones_go_and_then_beside_the_image(tmp_path):
+    first, beside = tmp_path / "caches", tmp_path / "pictures"
+    for folder in (first, beside):
+        folder.mkdir()
+        for name in NAMES:
+            (folder / name).write_bytes(b"12345")
+    note(first, NAMES[:1], FACTS[:1])
+    note(beside, NAMES[:2], FACTS[:2])
+    places = EntryPlaces(
+        "latents", [[str(first), str(beside)]], folder_of=np.zeros(3, np.int64), made_from=list(FACTS.T)
+    )
+    assert places.confirm(rank=0).tolist() == [2]
+    places.choose(np.array([2]), [first / "new.npz"], identities=["x"])
+    found = [places.paths[number] for number in range(3)]
+    assert found == [str(first / "a.npz"), str(beside / "b.npz"), str(first / "new.npz")]
 
 
 def passes(images, *, vae="v", encoder="t"):
