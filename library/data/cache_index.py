@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class CacheIndex:
         keep = np.array([name not in new for name in known.names], dtype=bool)
         keep &= rows_of(known.made_from, files.made_from) < 0
         merged = known.taken(keep).followed_by(files)
-        arrays = {
+        arrays: dict[str, Any] = {
             "version": np.array(VERSION),
             "names": join_texts(merged.names),
             "stamps": merged.stamps,
