@@ -75,11 +75,10 @@ class EntryPlaces:
             return
         names: list[str | None] = self._names[:]
         wanted = set(map(str, standard))
-        taken = [
-            Path(path) for number in np.flatnonzero(self._names.is_there) if (path := self.paths[number]) in wanted
-        ]
-        for number, path in zip(numbers.tolist(), entry_paths(standard, identities, taken=taken), strict=True):
-            folder, names[number] = os.path.split(path)
+        confirmed = np.flatnonzero(self._names.is_there).tolist()
+        taken = [Path(path) for path in map(self.paths.__getitem__, confirmed) if path in wanted]
+        for number, chosen in zip(numbers.tolist(), entry_paths(standard, identities, taken=taken), strict=True):
+            folder, names[number] = os.path.split(chosen)
             if folder not in self._number_of_folder:
                 self._number_of_folder[folder] = len(self._folders)
                 self._folders.append(folder)
