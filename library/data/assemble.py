@@ -14,6 +14,7 @@ import numpy as np
 from library.config.dataset_file import DatasetSpec, SubsetSpec
 from library.data.batching import Pool, Rows
 from library.data.buckets import BucketPolicy, UnplaceableImage
+from library.data.bulk import no_garbage_collection
 from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.data.table import ImageTable
 from library.errors import UserError
@@ -52,7 +53,8 @@ def assemble(specs: Sequence[DatasetSpec], *, cache_dir: Path | None = None) -> 
     for spec in specs:
         _check_resolution(spec)
     report = ScanReport()
-    table = ImageTable(_place_all(specs, report, cache_dir=cache_dir))
+    with no_garbage_collection():
+        table = ImageTable(_place_all(specs, report, cache_dir=cache_dir))
     balance_reg(table)
     return table, report
 
