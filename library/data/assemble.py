@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from library.config.dataset_file import DatasetSpec
+from library.config.dataset_file import DatasetSpec, SubsetSpec
 from library.data.buckets import BucketPolicy, Placement, UnplaceableImage
+from library.data.bulk import no_garbage_collection
 from library.data.companions import add_companions
 from library.data.records import ImageRecord, PlacedImage, ScanReport, Skipped
 from library.data.table import ImageTable
@@ -58,7 +61,8 @@ def assemble(
     for spec in specs:
         _check_resolution(spec)
     report = ScanReport()
-    table = ImageTable(_place_all(specs, report, cache_dir))
+    with no_garbage_collection():
+        table = ImageTable(_place_all(specs, report, cache_dir))
     hold_out(table, specs, seed=seed, report=report)
     balance_reg(table)
     return table, report
@@ -70,9 +74,8 @@ def _place_all(specs: Sequence[DatasetSpec], report: ScanReport, cache_dir: Path
         policies = policies_of(spec)
         for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
             source = load_plugin("library.data.sources", subset.source)
-            for record in add_companions(
-                subset, source.scan(subset, report=report, cache_dir=cache_dir), report=report
-            ):
+            records = _records(source, subset, report=report, cache_dir=cache_dir)
+            for record in add_companions(subset, records, report=report):
                 placements, reasons = _placements(record, policies)
                 if not placements:
                     report.skipped.append(Skipped(record.path, reasons[0]))
@@ -91,6 +94,15 @@ def _placements(record: ImageRecord, policies: Sequence[BucketPolicy]) -> tuple[
         except UnplaceableImage as reason:
             reasons.append(str(reason))
     return placements, reasons
+
+
+def _records(
+    source: ModuleType, subset: SubsetSpec, *, report: ScanReport, cache_dir: Path | None
+) -> Iterable[ImageRecord]:
+    """What a source lists; only one that keeps something has a use for the folder."""
+    if "cache_dir" in signature(source.scan).parameters:
+        return source.scan(subset, report=report, cache_dir=cache_dir)
+    return source.scan(subset, report=report)
 
 
 def balance(repeats: Sequence[int], *, num_train_images: int) -> list[int]:

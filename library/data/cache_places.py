@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,12 @@ class CachePlace:
     def npz_path(self, beside: Path) -> Path:
         """Where the entry is written that would stand at `beside`: there, or in the folder that mirrors its folder."""
         return beside if self.folder is None else mirrored(beside.parent, self.folder) / beside.name
+
+    def npz_folders(self, folders: Sequence[str]) -> list[list[str]]:
+        """For each folder of images where its npz files may lie; new ones go to the first."""
+        if self.folder is None:
+            return [[folder] for folder in folders]
+        return [[str(mirrored(Path(folder), self.folder)), folder] for folder in folders]
 
     @property
     def latents(self) -> Path:

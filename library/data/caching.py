@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,37 +81,28 @@ class Targets:
 
 def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, total: int) -> Targets:
     """One target for all members (numbers below `total`, ascending) whose identities, one value per column, agree."""
-    # Column by column, and no further than needed: sorting rows takes many times as long.
-    group, count = np.zeros(len(members), dtype=np.int64), 1
-    for column in identities:
-        if count < len(members):
-            values, codes = np.unique(column, return_inverse=True)
-            kinds, group = np.unique(group * len(values) + codes.reshape(-1), return_inverse=True)
-            count = len(kinds)
-    _, first = np.unique(group, return_index=True)
+    first, group = groups_of(identities)
     order = np.argsort(first)
     rank_of = np.empty_like(order)
     rank_of[order] = np.arange(len(order))
     number_of = np.full(total, -1, dtype=np.int64)
-    number_of[members] = rank_of[group.reshape(-1)]
+    number_of[members] = rank_of[group]
     return Targets(members[first[order]], number_of)
 
 
-def entry_paths(standard: Sequence[Path], identities: Sequence[Hashable]) -> list[Path]:
-    """The file of each entry, all different.
+def groups_of(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each group of rows that agree in all columns, and the group of each row; both int64.
 
-    Of entries with one standard path (a.png beside a.jpg) the first has it, and later ones get a hash of their identity
-    into the name, so that they do not overwrite each other in turn.
+    Column after column, which takes a third of the time of sorting whole rows and is as exact.
     """
-    taken: set[Path] = set()
-    paths = []
-    for path, what in zip(standard, identities, strict=True):
-        if path in taken:
-            digest = hashlib.blake2b(repr(what).encode(), digest_size=4).hexdigest()
-            path = path.with_name(f"{path.stem}_{digest}{path.suffix}")
-        taken.add(path)
-        paths.append(path)
-    return paths
+    group = np.zeros(len(columns[0]), dtype=np.int64)
+    first = np.zeros(min(len(group), 1), dtype=np.int64)
+    for column in columns:
+        if not len(column) or (column == column[0]).all():
+            continue
+        _, codes = np.unique(column, return_inverse=True)
+        _, first, group = np.unique(group * len(column) + codes, return_index=True, return_inverse=True)
+    return first, group
 
 
 def inspect_all(

@@ -201,7 +201,13 @@ def fixed_caption(caption: str, subset: SubsetSpec) -> str:
 
     The subset must have one wording.
     """
-    return _run(FIXED_STEPS, caption, CaptionContext(subset, random.Random(0), epoch=1))
+    return fixed_wording(subset)(caption)
+
+
+def fixed_wording(subset: SubsetSpec) -> Callable[[str], str]:
+    """`fixed_caption` for many captions of one subset."""
+    context = CaptionContext(subset, _UNUSED, epoch=1)
+    return lambda caption: _run(FIXED_STEPS, caption, context)
 
 
 def whole_captions(caption: str, subset: SubsetSpec) -> list[str]:
@@ -210,7 +216,7 @@ def whole_captions(caption: str, subset: SubsetSpec) -> list[str]:
     Nothing is dropped; of the alternatives of a wildcard the one of most letters is taken.
     """
     lines = caption.split("\n") if subset.enable_wildcard else [caption.split("\n", 1)[0]]
-    context = CaptionContext(subset, random.Random(0), epoch=1)
+    context = CaptionContext(subset, _UNUSED, epoch=1)
     wholes = []
     for line in lines:
         text = add_affixes(line, context)
@@ -221,6 +227,10 @@ def whole_captions(caption: str, subset: SubsetSpec) -> list[str]:
             text = ", ".join(parts.fixed + parts.flexible + parts.suffix)
         wholes.append(unify_separators(text, context))
     return wholes
+
+
+_UNUSED = random.Random(0)
+"""For steps that draw nothing; making a generator takes longer than they do."""
 
 
 def _run(steps: tuple[Step, ...], caption: str, context: CaptionContext) -> str:

@@ -171,7 +171,7 @@ def _arrays(tables: dict[str, Table]) -> dict[str, Any]:
     # What can be opened depends on the library that opens it.
     arrays = {"version": np.array(VERSION), "pillow": np.array(PIL.__version__)}
     for kind, table in tables.items():
-        arrays |= {f"{kind}_names": _packed(table.names), f"{kind}_texts": _packed(table.texts)}
+        arrays |= {f"{kind}_names": join_texts(table.names), f"{kind}_texts": join_texts(table.texts)}
         arrays |= {f"{kind}_stamps": table.stamps, f"{kind}_sizes": table.sizes}
     return arrays
 
@@ -194,7 +194,7 @@ def _read(path: Path) -> dict[str, Table]:
 
 
 def _table(kind: str, arrays: dict[str, np.ndarray], *, columns: int) -> Table:
-    names, texts = (_unpacked(arrays[f"{kind}_{what}"]) for what in ("names", "texts"))
+    names, texts = (split_texts(arrays[f"{kind}_{what}"]) for what in ("names", "texts"))
     stamps, sizes = arrays[f"{kind}_stamps"], arrays[f"{kind}_sizes"]
     texts = texts or [""] * len(names)  # one empty text looks like none
     expected = [(np.dtype(np.int64), (len(names), 2)), (np.dtype(np.int32), (len(names), columns))]
@@ -203,9 +203,11 @@ def _table(kind: str, arrays: dict[str, np.ndarray], *, columns: int) -> Table:
     return Table(names, stamps, sizes, texts)
 
 
-def _packed(texts: list[str]) -> np.ndarray:
+def join_texts(texts: list[str]) -> np.ndarray:
+    """Texts without a zero byte as one column of their UTF-8, uint8, with zero bytes between them."""
     return np.frombuffer(_ENDS.join(texts).encode("utf-8", "surrogatepass"), np.uint8)
 
 
-def _unpacked(column: np.ndarray) -> list[str]:
+def split_texts(column: np.ndarray) -> list[str]:
+    """The texts of such a column; one empty text looks like none. Raises ValueError for what is no UTF-8."""
     return column.tobytes().decode("utf-8", "surrogatepass").split(_ENDS) if len(column) else []

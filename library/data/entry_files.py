@@ -1,8 +1,8 @@
-"""Which file holds which latents, when several entries would have the same one.
+"""Which file holds which entry, when several would have the same one.
 
 The standard name of a cache file says nothing about the bucket, so an image that is used at two resolutions has two
-entries for one name (and so have a.png and a.jpg of one size). Every entry therefore has a name of its own besides,
-the standard one with a hash of the entry's placement behind it. What is there and right is used under either name;
+entries for one name (and so have a.png and a.jpg). Every entry therefore has a name of its own besides,
+the standard one with a hash of what sets the entry apart behind it. What is there and right is used under either name;
 what is built goes to the standard name, unless another entry of the run has that.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from library.data.caching import agreed, inspect_all, usable
@@ -25,15 +25,17 @@ def choose_files(
     own: Callable[[int], Path],
     check: Callable[[int, Path], CacheCheck],
     *,
+    taken: Collection[Path] = (),
     rank: int,
     world: int,
+    title: str,
 ) -> tuple[list[Path], list[CacheCheck]]:
     """The file of every entry, all different, and what became of looking at it; equal on every rank.
 
     `own(number)` is the entry's own name, in the folder of its standard one; `check(number, path)` looks whether a
     file can be used for the entry. A file that can be used is used by one entry, its own name first. Of the others, one
     that has a file of its own name beside a shared standard one keeps it; else the first one that finds the standard
-    name free has it.
+    name free has it. Standard names that are `taken` are never free.
     """
     with_own = agreed(_with_own_file(standard, own))
     own_found = inspect_all(
@@ -41,7 +43,7 @@ def choose_files(
         lambda index: check(with_own[index], own(with_own[index])),
         rank=rank,
         world=world,
-        title="checking latents of several resolutions",
+        title=f"{title} under names of their own",
     )
     own_checks = dict(zip(with_own, own_found, strict=True))
     rest = [number for number in range(len(standard)) if number not in own_checks or not usable(own_checks[number])]
@@ -50,10 +52,10 @@ def choose_files(
         lambda index: check(rest[index], standard[rest[index]]),
         rank=rank,
         world=world,
-        title="checking latents",
+        title=title,
     )
     standard_checks = dict(zip(rest, found, strict=True))
-    has_standard = _claim(standard, standard_checks, own_checks)
+    has_standard = _claim(standard, standard_checks, own_checks, taken=taken)
     paths, checks = [], []
     for number, path in enumerate(standard):
         is_standard = number in has_standard
@@ -64,11 +66,15 @@ def choose_files(
 
 
 def _claim(
-    standard: Sequence[Path], standard_checks: Mapping[int, CacheCheck], own_checks: Mapping[int, CacheCheck]
+    standard: Sequence[Path],
+    standard_checks: Mapping[int, CacheCheck],
+    own_checks: Mapping[int, CacheCheck],
+    *,
+    taken: Collection[Path],
 ) -> set[int]:
     """The entries that have their standard file; `standard_checks` are of those whose own cannot be used."""
     users = Counter(standard)
-    claimed: dict[Path, int] = {}
+    claimed = dict.fromkeys(taken, -1)
     for number, result in standard_checks.items():
         if usable(result):
             claimed.setdefault(standard[number], number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from library.data.cache_index import CacheIndex
 from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace, require_writable
-from library.data.caching import Targets, inspect_all, usable
+from library.data.caching import Targets
+from library.data.entry_places import EntryPaths, EntryPlaces, Seen, ids_of, image_stamps
+from library.data.folder_listing import GONE
 from library.data.records import PlacedImage
 from library.data.stores import Entries, small_mask
-from library.data.table import ImageTable
+from library.data.table import ImageTable, text_id
 from library.data.transforms import crop_info, decode_scale
 from library.io import fingerprint, latent_cache
 from library.io.fingerprint import ImageStamp
@@ -100,12 +102,12 @@ class NpzEntries:
     in_memory = False
 
     def __init__(
-        self, paths: Sequence[Path], numbers: Sequence[int], *, has_mask: np.ndarray, moments: bool = False
+        self, paths: EntryPaths, numbers: np.ndarray, *, has_mask: np.ndarray, moments: bool = False
     ) -> None:
-        self._paths = list(paths)
+        self._paths = paths
         self._has_mask, self._moments = has_mask, moments
         self._is_there = np.zeros(len(paths), dtype=bool)
-        self._is_there[list(numbers)] = True
+        self._is_there[numbers] = True
 
     def read(self, number: int) -> LatentEntry:
         """One entry."""
@@ -137,101 +139,107 @@ class NpzLatents:
     ) -> None:
         self._table, self._targets, self._has_mask, self._moments = table, targets, has_mask, moments
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
-        images = [table[row] for row in targets.first.tolist()]
-        identities = [latent_identity(image) for image in images]
-        self._paths = self._beside = entry_paths(
-            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images], identities
+        self._place = place
+        images = table.image_of[targets.first]
+        self._stamps = image_stamps(table, images)
+        kinds = (
+            table.placement_of[targets.first],
+            table.subset_of[images],
+            needs_flip,
+            table.masks.has_text(images),
+            self._decode_scales(images),
         )
-        if place.folder is not None:
-            names = [latent_cache.standard_name(image.record.path, image.record.size) for image in images]
-            beside = [Path(image.record.path).with_name(name) for image, name in zip(images, names, strict=True)]
-            self._paths = entry_paths(list(map(place.npz_path, beside)), identities)
-        self._index = CacheIndex()
-        self._unindexed: set[int] = set()
-        self._is_beside: dict[int, bool] = {}
+        made_from = (table.name_ids[images], *self._stamps.T, self._mask_ids(images), ids_of(kinds, self._recipe))
+        self._files = EntryPlaces(
+            "latents", place.npz_folders(table.folders), folder_of=table.folder_of[images], made_from=made_from
+        )
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
-        """Ask the folders' indexes first, and open the files that they do not know."""
-        self._index.load({path.parent for path in (*self._paths, *self._beside)})
-        checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking latents")
-        self._unindexed = {number for number, check in enumerate(checks) if check.status == "foreign"}
-        if self._beside is not self._paths:
-            self._use_files_beside(checks)
-        return checks
+        """Ask the folders' indexes first; look for the files that they do not know, and open them."""
+        rest = self._files.confirm(rank=rank)
+        records = [self._image(number).record for number in rest.tolist()]
+        standard = beside = [latent_cache.latent_cache_path(record.path, record.size) for record in records]
+        if self._place.folder is not None:
+            names = [latent_cache.standard_name(record.path, record.size) for record in records]
+            usual = [Path(record.path).with_name(name) for record, name in zip(records, names, strict=True)]
+            standard = list(map(self._place.npz_path, usual))
+        return self._files.find(
+            standard,
+            self._own_path,
+            self._inspect,
+            beside=None if self._place.folder is None else beside,
+            rank=rank,
+            world=world,
+            title="checking latents",
+        )
 
     def look_again(self, number: int) -> CacheCheck:
         """Look at its file."""
-        check = self._inspect(number)
-        if check.status == "foreign":
-            self._unindexed.add(number)
-        return check
+        return self._files.look_again(number, self._inspect)
 
     def place(self, number: int) -> str:
         """Its file."""
-        return str(self._paths[number])
+        return self._files.paths[number]
 
     def prepare(self, numbers: Sequence[int]) -> None:
         """Find out whether the folders can be written to."""
-        require_writable({self._paths[number].parent for number in numbers})
+        require_writable({Path(self._files.paths[number]).parent for number in numbers})
 
     def put(self, number: int, entry: LatentEntry) -> None:
         """Write its file."""
-        latent_cache.write(self._paths[number], entry, self._fingerprint(number, with_hash=True))
+        path = self._files.paths[number]
+        latent_cache.write(path, entry, self._fingerprint(number, with_hash=True))
+        self._files.see(number)
 
-    def share(self) -> None:
-        """The others find the files by themselves."""
+    def share(self) -> Seen:
+        """The files' sizes and times, for the indexes."""
+        return self._files.seen()
 
-    def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> NpzEntries:
+    def entries(self, shared: Sequence[Seen], *, right: Sequence[int], rank: int) -> NpzEntries:
         """The files; the first rank notes in the folders' indexes which are right."""
+        numbers = np.asarray(right, dtype=np.int64)
         if rank == 0 and not self._skip_check:
-            for number in set(right) - self._unindexed:
-                if (expected := self._expected(number)) is not None:
-                    self._index.add(self._paths[number], expected, contents=self._contents(number))
-            self._index.save()
-        return NpzEntries(self._paths, right, has_mask=self._has_mask, moments=self._moments)
+            self._files.note(shared, numbers[self._stamps[numbers, 0] != GONE])
+        return NpzEntries(self._files.paths, numbers, has_mask=self._has_mask, moments=self._moments)
 
     def _image(self, number: int) -> PlacedImage:
         return self._table[int(self._targets.first[number])]
 
-    def _contents(self, number: int) -> str:
-        contents = "plain and mirrored" if self._needs_flip[number] else "plain"
-        return f"{contents}, with moments" if self._moments else contents
+    def _own_path(self, number: int, standard: Path) -> Path:
+        image = self._image(number)
+        name = latent_cache.standard_name(image.record.path, image.record.size)
+        return standard.with_name(f"{Path(name).stem}_{entry_digest(image)}.npz")
 
-    def _expected(self, number: int) -> str | None:
-        """The fingerprint that the entry should have; None when the image has gone since the scan."""
-        try:
-            return self._fingerprint(number, with_hash=False)
-        except OSError:
-            return None
+    def _decode_scales(self, images: np.ndarray) -> np.ndarray:
+        """`decode_scale` of every entry, int64; only images that shrink a lot are asked one by one."""
+        scales = np.ones(len(images), dtype=np.int64)
+        resized = np.array([placement.resized for placement in self._table.placements], dtype=np.int64).reshape(-1, 2)
+        rows = self._targets.first
+        shrinks = (self._table.sizes[images] >= 2 * resized[self._table.placement_of[rows]]).all(axis=1)
+        for number in np.flatnonzero(shrinks).tolist():
+            image = self._image(number)
+            scales[number] = decode_scale(image.record, image.placement)
+        return scales
 
-    def _inspect(self, number: int) -> CacheCheck:
-        check = self._inspect_file(number, self._paths[number])
-        if usable(check) or self._beside is self._paths:
-            self._is_beside[number] = False
-            return check
-        found = self._inspect_file(number, self._beside[number])
-        self._is_beside[number] = usable(found)
-        return found if usable(found) else check
+    def _mask_ids(self, images: np.ndarray) -> np.ndarray:
+        """For every entry 64 bits for its mask file as it is, uint64; 0 where there is none."""
+        ids = np.zeros(len(images), dtype=np.uint64)
+        for number in np.flatnonzero(self._table.masks.has_text(images)).tolist():
+            path = self._table.masks.text(int(images[number]))
+            try:
+                ids[number] = text_id(f"{os.path.basename(path)}{fingerprint.image_stamp(path)}")
+            except OSError:
+                continue  # encoding the image will fail and say so
+        return ids
 
-    def _use_files_beside(self, checks: Sequence[CacheCheck]) -> None:
-        """Take what was found beside the images from there; what other ranks looked at is asked for once more."""
-        for number in [number for number, check in enumerate(checks) if usable(check)]:
-            is_beside = self._is_beside.get(number)
-            if is_beside is None:
-                is_beside = not usable(self._inspect_file(number, self._paths[number]))
-            if is_beside:
-                self._paths[number] = self._beside[number]
-                self._unindexed.add(number)
-
-    def _inspect_file(self, number: int, path: Path) -> CacheCheck:
+    def _inspect(self, number: int, path: str) -> CacheCheck:
         if self._skip_check:
-            return CacheCheck("valid" if path.exists() else "missing")
-        expected = self._expected(number)
-        if expected is None:
-            # Encoding the image will fail and say so.
+            return CacheCheck("valid" if os.path.exists(path) else "missing")
+        try:
+            expected = self._fingerprint(number, with_hash=False)
+        except OSError:
+            # The image has gone since the scan. Encoding it will fail and say so.
             return CacheCheck("missing")
-        if self._index.confirms(path, expected, contents=self._contents(number)):
-            return CacheCheck("valid")
         image = self._image(number)
         bucket, mask = image.placement.bucket, mask_source(image)
         return latent_cache.inspect(
@@ -251,6 +259,14 @@ class NpzLatents:
         if image.record.mask is not None:
             mask = fingerprint.image_stamp(image.record.mask, with_hash=with_hash)
         return made_from(image, vae_id=self._vae_id, stamp=stamp, mask_stamp=mask)
+
+    def _recipe(self, number: int) -> int:
+        """64 bits that stand for all that an entry depends on but its files, and for what must be in it."""
+        image, nothing = self._image(number), ImageStamp(0, 0)
+        contents = "plain and mirrored" if self._needs_flip[number] else "plain"
+        mask_stamp = None if image.record.mask is None else nothing
+        described = made_from(image, vae_id=self._vae_id, stamp=nothing, mask_stamp=mask_stamp)
+        return text_id(f"{contents}, {'with' if self._moments else 'without'} moments\n{described}")
 
 
 def made_from(image: PlacedImage, *, vae_id: str, stamp: ImageStamp, mask_stamp: ImageStamp | None) -> str:

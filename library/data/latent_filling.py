@@ -27,7 +27,7 @@ from library.data.latent_caching import (
 )
 from library.data.records import Skipped
 from library.data.stores import LatentStore
-from library.data.table import ImageTable, text_id
+from library.data.table import ImageTable
 from library.data.types import Batch
 from library.io.latent_cache import LatentEntry
 from library.log import get_logger
@@ -130,7 +130,7 @@ class LatentFiller:
         """Images that cannot be read have no entry to wait for."""
         table, targets = self._work.table, self._work.targets
         for failure in failures:
-            of_this_image = table.path_ids[table.image_of[targets.first]] == text_id(failure.path)
+            of_this_image = np.isin(table.image_of[targets.first], table.images_at(failure.path))
             for number in set(np.flatnonzero(of_this_image).tolist()) - self._right - self._built:
                 self._failed[number] = failure
 

@@ -6,8 +6,8 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from library.sizes import Size
 
 LISTED = 5
 """How many names a list in the log holds before it is cut short."""
+
+TEXTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -174,13 +176,20 @@ def _num_reg_images(table: ImageTable, images: np.ndarray) -> int:
     return int(asked[table.subset_of[images]].sum())
 
 
-class _Group(NamedTuple):
+@dataclass(frozen=True)
+class _Group:
     """The images of one subset: all that are there (regularisation images beyond need included), and those in use."""
 
+    table: ImageTable
     dataset: int
     subset: SubsetSpec
     listed: np.ndarray
     used: np.ndarray
+
+    @cached_property
+    def tags(self) -> dict[str, int]:
+        """How often each tag stands in the captions."""
+        return _tag_frequency(self.table, self.listed)
 
 
 def _groups(specs: Sequence[DatasetSpec], table: ImageTable) -> list[_Group]:
@@ -191,7 +200,7 @@ def _groups(specs: Sequence[DatasetSpec], table: ImageTable) -> list[_Group]:
         for subset in spec.subsets:
             number = numbers.get(id(subset), -1)
             listed = np.flatnonzero(table.is_live & (table.subset_of == number) & (datasets == index))
-            groups.append(_Group(index, subset, listed, listed[table.repeats[listed] > 0]))
+            groups.append(_Group(table, index, subset, listed, listed[table.repeats[listed] > 0]))
     return groups
 
 
@@ -221,8 +230,8 @@ def ss_metadata(
         "ss_num_reg_images": str(_num_reg_images(table, np.flatnonzero(table.is_live))),
         "ss_num_batches_per_epoch": str(batches_per_epoch),
     }
-    dirs, tags = _merge_folders(table, groups)
-    reg_dirs, _ = _merge_folders(table, groups, is_reg=True)
+    dirs, tags = _merge_folders(groups)
+    reg_dirs, _ = _merge_folders(groups, is_reg=True)
     shared = {"ss_dataset_dirs": json.dumps(dirs), "ss_tag_frequency": json.dumps(tags)}
     if user_config:
         return common | shared | {"ss_datasets": json.dumps(datasets)}
@@ -266,7 +275,7 @@ def _dataset_info(
         "enable_bucket": spec.enable_bucket,
         "min_bucket_reso": spec.min_bucket_reso,
         "max_bucket_reso": spec.max_bucket_reso,
-        "tag_frequency": {_basename(group.subset): _tag_frequency(table, group.listed) for group in groups},
+        "tag_frequency": {_basename(group.subset): group.tags for group in groups},
         "bucket_info": _bucket_info(
             spec, table, table.rows[table.dataset_of[table.rows] == index], shares=row_shares(table, specs)
         ),
@@ -300,7 +309,7 @@ def _subset_info(subset: SubsetSpec, img_count: int) -> dict[str, object]:
 
 
 def _merge_folders(
-    table: ImageTable, groups: Sequence[_Group], *, is_reg: bool = False
+    groups: Sequence[_Group], *, is_reg: bool = False
 ) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
     """`dataset_dirs` (or `reg_dataset_dirs`) and `tag_frequency` (of both) over all data sets.
 
@@ -312,7 +321,7 @@ def _merge_folders(
     for group in groups:
         base = name = _basename(group.subset)
         if base not in tags:
-            tags[base] = _tag_frequency(table, group.listed)
+            tags[base] = group.tags
         if group.subset.is_reg != is_reg:
             continue
         number = 2
@@ -351,12 +360,18 @@ def _mean_ar_error(table: ImageTable, rows: np.ndarray, shares: np.ndarray) -> f
 
 def _tag_frequency(table: ImageTable, images: np.ndarray) -> dict[str, int]:
     """The parts of captions; of the tags alone where a source keeps them apart."""
-    tags: Counter[str] = Counter()
-    for image in images.tolist():
-        text = table.tags[image]
-        text = table.captions.text(image) if text is None else text
-        tags.update(tag for part in text.split(",") if (tag := part.strip().lower()))
-    return dict(tags)
+    parts: Counter[str] = Counter()
+    numbers = images.tolist()
+    for start in range(0, len(numbers), TEXTS_AT_ONCE):
+        chunk = numbers[start : start + TEXTS_AT_ONCE]
+        tags = [table.tags[image] for image in chunk]
+        texts = [table.captions.text(image) if tag is None else tag for image, tag in zip(chunk, tags, strict=True)]
+        parts.update(",".join(texts).split(","))
+    frequency: Counter[str] = Counter()
+    for part, count in parts.items():
+        if tag := part.strip().lower():
+            frequency[tag] += count
+    return dict(frequency)
 
 
 def _basename(subset: SubsetSpec) -> str:

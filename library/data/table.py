@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import overload
+from itertools import accumulate, islice
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from library.sizes import Size
 
 _NONE = b"\xff"  # no UTF-8 text holds this byte
 _NO_STAMP = -1
+_AT_ONCE = 4096
+
+Item = TypeVar("Item")
 
 
 class TextColumn(Sequence[str | None]):
@@ -29,13 +34,17 @@ class TextColumn(Sequence[str | None]):
     def __init__(self, texts: Iterable[str | None] = ()) -> None:
         self._data = bytearray()
         self._ends = array("Q", [0])
-        for text in texts:
-            self.append(text)
+        self.extend(texts)
 
     def append(self, text: str | None) -> None:
         """Add one at the end."""
-        self._data += _NONE if text is None else text.encode("utf-8", "surrogatepass")
-        self._ends.append(len(self._data))
+        self.extend((text,))
+
+    def extend(self, texts: Iterable[str | None]) -> None:
+        """Add several at the end."""
+        cells = [_NONE if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
+        self._ends.extend(accumulate(map(len, cells), initial=self._ends.pop()))
+        self._data += b"".join(cells)
 
     @overload
     def __getitem__(self, index: int) -> str | None: ...
@@ -74,6 +83,14 @@ class TextColumn(Sequence[str | None]):
         return len(self._ends) - 1
 
     @property
+    def is_there(self) -> np.ndarray:
+        """Which cells hold a text, bool (N,)."""
+        ends = np.frombuffer(self._ends, dtype=np.uint64).astype(np.int64)
+        starts, lengths = ends[:-1], np.diff(ends)
+        first = np.frombuffer(self._data + b"\0", dtype=np.uint8)[starts]
+        return (lengths != len(_NONE)) | (first != _NONE[0])
+
+    @property
     def num_bytes(self) -> int:
         """Memory that the texts take."""
         return len(self._data) + self._ends.itemsize * len(self._ends)
@@ -96,7 +113,8 @@ class ImageTable(Sequence[PlacedImage]):
     (int64, into the resolutions of the data set). By image: `keys`,
     `paths`, `captions`, `tags`, `masks`, `controls`; `sizes` (int64, (N, 2): w, h); `subset_of` (int64, into
     `subsets`); `repeats` (int64, may be set); `weights` (float64); `stamps` (int64, (N, 2): bytes and mtime_ns, -1
-    where the source did not look); `path_ids` (uint64, `text_id` of the path); `is_validation` (bool).
+    where the source did not look); `folder_of` (int64, into `folders`) and `name_ids` (uint64, `text_id` of the name)
+    of the file; `is_validation` (bool).
     """
 
     def __init__(self, images: Iterable[PlacedImage] = ()) -> None:
@@ -108,48 +126,50 @@ class ImageTable(Sequence[PlacedImage]):
 
     def _fill(self, images: Iterable[PlacedImage]) -> None:
         image_of, dataset_of, placement_of, resolution_of, subset_of, repeats = (array("q") for _ in range(6))
-        sizes, stamps, weights, path_ids = array("q"), array("q"), array("d"), array("Q")
-        placement_numbers: dict[Placement, int] = {}
-        subset_numbers: dict[int, int] = {}
+        sizes, stamps, weights, folder_of, name_ids = array("q"), array("q"), array("d"), array("q"), array("Q")
+        placement_number = _Numbers(self.placements)
+        subset_number = _Numbers(self.subsets, by_value=False)
+        folder_numbers: dict[str, int] = {}
         last: ImageRecord | None = None
-        for placed in images:
-            record = placed.record
-            if record is not last:
-                last = record
-                for column, text in (
-                    (self.keys, record.key),
-                    (self.paths, record.path),
-                    (self.captions, record.caption),
-                    (self.tags, record.tags),
-                    (self.masks, record.mask),
-                    (self.controls, record.control),
-                ):
-                    column.append(text)
-                sizes.extend(record.size)
-                number = subset_numbers.setdefault(id(record.subset), len(self.subsets))
-                if number == len(self.subsets):
-                    self.subsets.append(record.subset)
-                subset_of.append(number)
-                repeats.append(record.repeats)
-                weights.append(record.weight)
-                stamps.extend(record.stamp or (_NO_STAMP, _NO_STAMP))
-                path_ids.append(text_id(record.path))
-            number = placement_numbers.setdefault(placed.placement, len(self.placements))
-            if number == len(self.placements):
-                self.placements.append(placed.placement)
-            placement_of.append(number)
-            dataset_of.append(placed.dataset)
-            resolution_of.append(placed.resolution)
-            image_of.append(len(self.keys) - 1)
+        images = iter(images)
+        # Column by column: for a million images that takes half the time of record by record.
+        while chunk := list(islice(images, _AT_ONCE)):
+            records = []
+            for placed in chunk:
+                if placed.record is not last:
+                    last = placed.record
+                    records.append(last)
+                image_of.append(len(subset_of) + len(records) - 1)
+            self._add_texts(records)
+            sizes.extend(side for record in records for side in record.size)
+            stamps.extend(fact for record in records for fact in record.stamp or (_NO_STAMP, _NO_STAMP))
+            weights.extend([record.weight for record in records])
+            repeats.extend([record.repeats for record in records])
+            subset_of.extend([subset_number(record.subset) for record in records])
+            files = [_split(record.path) for record in records]
+            folder_of.extend([folder_numbers.setdefault(folder, len(folder_numbers)) for folder, _ in files])
+            name_ids.extend([text_id(name) for _, name in files])
+            placement_of.extend([placement_number(placed.placement) for placed in chunk])
+            dataset_of.extend([placed.dataset for placed in chunk])
+            resolution_of.extend([placed.resolution for placed in chunk])
         self.image_of, self.dataset_of, self.placement_of = map(_int64, (image_of, dataset_of, placement_of))
         self.resolution_of = _int64(resolution_of)
-        self.subset_of, self.repeats = _int64(subset_of), _int64(repeats)
+        self.subset_of, self.repeats, self.folder_of = map(_int64, (subset_of, repeats, folder_of))
         self.sizes, self.stamps = _int64(sizes).reshape(-1, 2), _int64(stamps).reshape(-1, 2)
         self.weights = np.array(weights, dtype=np.float64)
-        self.path_ids = np.array(path_ids, dtype=np.uint64)
+        self.name_ids = np.array(name_ids, dtype=np.uint64)
+        self.folders = list(folder_numbers)
         self.is_live = np.ones(len(self.keys), dtype=bool)
         self.is_validation = np.zeros(len(self.keys), dtype=bool)
         self._side: bool | None = None
+
+    def _add_texts(self, records: Sequence[ImageRecord]) -> None:
+        self.keys.extend([record.key for record in records])
+        self.paths.extend([record.path for record in records])
+        self.captions.extend([record.caption for record in records])
+        self.tags.extend([record.tags for record in records])
+        self.masks.extend([record.mask for record in records])
+        self.controls.extend([record.control for record in records])
 
     def __len__(self) -> int:
         return len(self.image_of)
@@ -189,6 +209,13 @@ class ImageTable(Sequence[PlacedImage]):
     def subset(self, image: int) -> SubsetSpec:
         """The subset that an image belongs to."""
         return self.subsets[self.subset_of[image]]
+
+    @property
+    def path_ids(self) -> np.ndarray:
+        """For every image 64 bits that stand for its path, uint64 (N,)."""
+        folders = np.fromiter(map(text_id, self.folders), np.uint64, len(self.folders))
+        # Rotated, lest folder and name of one text cancel out.
+        return self.name_ids ^ (folders << np.uint64(1) | folders >> np.uint64(63))[self.folder_of]
 
     @property
     def num_images(self) -> int:
@@ -250,12 +277,48 @@ class ImageTable(Sequence[PlacedImage]):
         """The rows in use as objects, one after the other."""
         return (self[row] for row in self.rows.tolist())
 
+    def images_at(self, path: str) -> np.ndarray:
+        """The numbers of the images with this path, int64."""
+        named = np.flatnonzero(self.name_ids == text_id(_split(path)[1]))
+        return named[[self.paths[image] == path for image in named.tolist()]]
+
     def drop(self, paths: Collection[str]) -> None:
         """Leave images out for the rest of the run."""
         gone = set(paths)
         for image in np.flatnonzero(self.is_live).tolist():
             if self.paths[image] in gone:
                 self.is_live[image] = False
+
+
+class _Numbers(Generic[Item]):
+    """The place of an item in a list of distinct ones, where it is added when it is new.
+
+    An object that has been asked for is known again without hashing its value, which takes long for a placement.
+    """
+
+    def __init__(self, items: list[Item], *, by_value: bool = True) -> None:
+        self._items, self._by_value = items, by_value
+        self._by_id: dict[int, int] = {}
+        self._numbers: dict[Item, int] = {}
+        self._asked: list[Item] = []  # or their ids would come again
+
+    def __call__(self, item: Item) -> int:
+        number = self._by_id.get(id(item))
+        return self._add(item) if number is None else number
+
+    def _add(self, item: Item) -> int:
+        number = self._numbers.setdefault(item, len(self._items)) if self._by_value else len(self._items)
+        if number == len(self._items):
+            self._items.append(item)
+        self._asked.append(item)
+        self._by_id[id(item)] = number
+        return number
+
+
+def _split(path: str) -> tuple[str, str]:
+    """As os.path.split, which takes five times as long for a path of the common form."""
+    folder, separator, name = path.rpartition(os.sep)
+    return (folder, name) if folder and name and folder[-1] != separator else os.path.split(path)
 
 
 def _int64(values: array) -> np.ndarray:

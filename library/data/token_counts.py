@@ -16,7 +16,7 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 CHUNK = 75
 """Tokens that the text encoders of SDXL take at a time; a caption length is a multiple of it."""
 
-CAPTIONS_AT_ONCE = 2048
+CAPTIONS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)

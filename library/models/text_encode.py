@@ -52,7 +52,10 @@ def count_tokens(tokenizer: ClipTokenizer, captions: Sequence[str], *, weighted:
     """The number of tokens of each caption, without begin and end token and without a limit."""
     if weighted:
         return [len(weighted_ids(tokenizer, caption)[0]) for caption in captions]
-    return [len(ids) for ids in tokenizer.encode_all(captions)]
+    # No token reaches over a space, and captions have few distinct words: that saves most of the work.
+    words = {word for caption in captions for word in caption.split(" ")}
+    lengths = dict(zip(words, map(len, tokenizer.encode_all(list(words))), strict=True))
+    return [sum([lengths[word] for word in caption.split(" ")]) for caption in captions]
 
 
 def weighted_ids(tokenizer: ClipTokenizer, caption: str) -> tuple[list[int], list[float]]:

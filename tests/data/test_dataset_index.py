@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data import dataset_index, file_facts, many_files
+from library.data.assemble import assemble
+from library.data.dataset import build_train_data
 from library.data.dataset_index import FILE_NAME, index_path
 from library.data.folder_listing import file_stamps
 from library.data.records import ScanReport
@@ -21,7 +23,7 @@ from library.data.sources import folders, metadata_json
 from library.io.images import ImageError
 from library.io.npz_file import write_arrays
 from library.sizes import Size
-from tests.data.specs import subset, write_picture
+from tests.data.specs import dataset, subset, write_picture
 
 LONG_AGO = 1_600_000_000_000_000_000
 moments = itertools.count(LONG_AGO, 1_000_000)
@@ -377,3 +379,21 @@ def test_after_any_changes_a_scan_with_the_index_finds_what_one_without_finds(ch
                 assert scanned(folder, enable_wildcard=lines) == expected
             else:
                 apply(folder, change)
+
+
+def test_a_run_keeps_its_indexes_below_the_cache_folder(tmp_path):
+    put(tmp_path / "pictures" / "a.png")
+    build_train_data([dataset(subset(tmp_path / "pictures"))], seed=1, cache_dir=tmp_path / "caches")
+    assert [path.parent.parent.name for path in tmp_path.rglob(FILE_NAME)] == ["caches"]
+
+
+def test_a_source_without_an_index_is_not_given_a_folder(tmp_path, monkeypatch):
+    real = folders.scan
+
+    def scan(subset, *, report):
+        return real(subset, report=report, use_index=False)
+
+    monkeypatch.setattr(folders, "scan", scan)
+    put(tmp_path / "pictures" / "a.png")
+    table, _ = assemble([dataset(subset(tmp_path / "pictures"))], cache_dir=tmp_path / "caches")
+    assert len(table) == 1 and not list(tmp_path.rglob(FILE_NAME))

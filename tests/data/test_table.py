@@ -1,5 +1,6 @@
 """The columns of a run give back what went in, and know what is in use."""
 
+import os
 import pickle
 
 import numpy as np
@@ -89,3 +90,21 @@ def test_a_table_is_small():
     size = sum(part.nbytes for part in columns if isinstance(part, np.ndarray))
     size += sum(part.num_bytes for part in columns if isinstance(part, TextColumn))
     assert size / 99 < 400
+
+
+def test_files_are_known_by_folder_and_name():
+    paths = ["/a/b/x.png", "/a/c/x.png", "/a/b/y.png", "y.png", "/a//b/x.png", "/x.png"]
+    place = Placement(Size(64, 64), Size(64, 64), 0.0)
+    table = ImageTable([PlacedImage(ImageRecord(path, path, Size(1, 1), "", PLAIN), place, 0) for path in paths])
+    folders = [table.folders[number] for number in table.folder_of.tolist()]
+    assert [os.path.join(folder, os.path.basename(path)) for folder, path in zip(folders, paths, strict=True)] == paths
+    assert table.name_ids[0] == table.name_ids[1] != table.name_ids[2] == table.name_ids[3]
+    assert len(set(table.path_ids.tolist())) == len(paths)
+
+
+@given(st.lists(st.none() | st.text(max_size=3), max_size=9), st.lists(st.none() | st.text(max_size=3), max_size=9))
+def test_a_text_column_gives_back_what_was_put_in(first, second):
+    column = TextColumn(first)
+    column.extend(second)
+    assert column[:] == first + second and len(column) == len(first + second)
+    assert column.is_there.tolist() == [text is not None for text in first + second]

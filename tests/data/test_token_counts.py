@@ -1,6 +1,8 @@
 """Captions that are too long are counted at start, and the length that would hold them is named."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from library.data.dataset import build_train_data
 from library.models.text_encode import count_tokens
@@ -51,3 +53,15 @@ def test_weights_are_no_tokens():
     tokenizer = load_tokenizer()
     assert count_tokens(tokenizer, ["(cat:1.2)", "cat"], weighted=True) == [1, 1]
     assert count_tokens(tokenizer, ["cat"]) == [1]
+
+
+PIECES = st.sampled_from(
+    [" ", "  ", "a", "cat", "Σ", "é", "e\u0301", "\u0301", "'s", "1girl", "'", "<|endoftext|>", "\t", "猫", "_", ","]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(PIECES | st.text(max_size=3), max_size=8).map("".join), max_size=4))
+def test_counting_by_words_gives_the_length_of_the_whole_caption(captions):
+    tokenizer = load_tokenizer()
+    assert count_tokens(tokenizer, captions) == [len(tokenizer.encode(caption)) for caption in captions]
