@@ -16,6 +16,8 @@ from library.plugins import list_plugins
 
 def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]:
     """The problems with names of files, folders and modules; `wrong` names options that are reported already."""
+    if cfg.run == "dataset_report":  # it opens what the dataset names, and no other file
+        return []
     names = ("ckpt", "vae") if cfg.run == "sdxl_gen_img" else ("pretrained_model_name_or_path", "vae")
     problems = [problem for name in names if name not in wrong for problem in _check_model(cfg, name)]
     if cfg.run == "sdxl_gen_img":

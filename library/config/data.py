@@ -6,17 +6,17 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import LATENTS, SHARED, TEXTS, TRAINER, Group, SizeValue, option
+from library.config.fields import LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, SizeValue, option
 
-IMAGES = TRAINER | LATENTS
-CAPTIONS = TRAINER | TEXTS
+IMAGES = TRAINER | LATENTS | REPORT
+CAPTIONS = TRAINER | TEXTS | REPORT
 
 
 class DataOptions(Group):
     """Where the data is and what happens to it; most of these can also stand in the dataset file."""
 
     title: ClassVar[str] = "data"
-    acts: ClassVar[frozenset[str]] = SHARED
+    acts: ClassVar[frozenset[str]] = SHARED | REPORT
 
     dataset_config: str | None = option(None, "dataset file (.toml or .json)", path=True)
     train_data_dir: str | None = option(
@@ -78,8 +78,12 @@ class DataOptions(Group):
     )
     caption_prefix: str | None = option(None, "text put before every caption", acts=CAPTIONS)
     caption_suffix: str | None = option(None, "text put after every caption", acts=CAPTIONS)
-    caption_dropout_rate: float = option(0.0, "share of captions that are left empty", ge=0, le=1, acts=TRAINER)
-    caption_dropout_every_n_epochs: int = option(0, "leave all captions empty in every Nth epoch", ge=0, acts=TRAINER)
+    caption_dropout_rate: float = option(
+        0.0, "share of captions that are left empty", ge=0, le=1, acts=TRAINER | REPORT
+    )
+    caption_dropout_every_n_epochs: int = option(
+        0, "leave all captions empty in every Nth epoch", ge=0, acts=TRAINER | REPORT
+    )
     caption_tag_dropout_rate: float = option(
         0.0, "share of the movable caption parts that are left out", ge=0, le=1, acts=CAPTIONS
     )
@@ -96,7 +100,7 @@ class DataOptions(Group):
         acts=IMAGES,
     )
     dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
-    train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
+    train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER | REPORT)
     cache_latents: bool = option(False, "encode all images once before training", acts=IMAGES)
     cache_latents_to_disk: bool = option(False, "keep the latents in npz files next to the images", acts=IMAGES)
     cache_text_encoder_outputs: bool = option(
@@ -105,8 +109,10 @@ class DataOptions(Group):
     cache_text_encoder_outputs_to_disk: bool = option(
         False, "keep the encoded captions in npz files next to the images", acts=CAPTIONS
     )
-    text_encoder_batch_size: int = option(8, "captions that are encoded at once for a cache", ge=1, acts=CAPTIONS)
-    skip_cache_check: bool = option(False, "trust existing cache files without opening them")
+    text_encoder_batch_size: int = option(
+        8, "captions that are encoded at once for a cache", ge=1, acts=TRAINER | TEXTS
+    )
+    skip_cache_check: bool = option(False, "trust existing cache files without opening them", acts=SHARED)
     legacy_crop_conditioning: bool = option(
         False, "use sd-scripts' crop numbers (margins of a contain fit) instead of the real crop", acts=IMAGES
     )
@@ -115,6 +121,11 @@ class DataOptions(Group):
     )
     persistent_data_loader_workers: bool = option(
         False, "keep the loading processes alive between epochs", acts=TRAINER
+    )
+    debug_dataset: bool = option(
+        False,
+        "show what would be trained on (a table, and dataset_report.html in output_dir), then end without training",
+        acts=TRAINER,
     )
 
     @field_validator("caption_extension")

@@ -20,8 +20,9 @@ TRAINER = frozenset({"sdxl_train_network"})
 LATENTS = frozenset({"cache_latents"})
 TEXTS = frozenset({"cache_text_encoder_outputs"})
 GENERATOR = frozenset({"sdxl_gen_img"})
+REPORT = frozenset({"dataset_report"})
 SHARED = TRAINER | LATENTS | TEXTS
-EVERY_RUN = SHARED | GENERATOR
+EVERY_RUN = SHARED | GENERATOR | REPORT
 
 SizeValue = Annotated[Size, InstanceOf()]
 _KINDS: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str", Size: "size"}

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import LATENTS, SHARED, TEXTS, TRAINER, Group, option
+from library.config.fields import LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, option
 
 
 class ModelOptions(Group):
@@ -28,10 +28,10 @@ class ModelOptions(Group):
         75,
         "caption length in tokens; a multiple of 75, longer captions take several chunks",
         ge=75,
-        acts=TRAINER | TEXTS,
+        acts=TRAINER | TEXTS | REPORT,
     )
     weighted_captions: bool = option(
-        False, "honour weights such as (a red cat:1.2) and [dog] in captions", acts=TRAINER | TEXTS
+        False, "honour weights such as (a red cat:1.2) and [dog] in captions", acts=TRAINER | TEXTS | REPORT
     )
     clip_skip: int | None = option(
         None,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
     from library.config.preview import PreviewOptions
+    from library.config.report import ReportOptions
     from library.config.save import SaveOptions
 
 DEFAULT = "default"
@@ -37,6 +38,7 @@ class RunConfig:
     save: SaveOptions
     preview: PreviewOptions
     generate: GenerateOptions
+    report: ReportOptions
 
     def __init__(
         self, run: str, *, groups: Mapping[str, Group], provenance: Mapping[str, str], notices: list[str]

@@ -6,7 +6,6 @@ which worker builds it or on what was built before.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,16 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
-from library.data.captions import process_caption
-from library.data.pixels import load_sample
-from library.data.records import READ_ERRORS, PlacedImage, Skipped
+from library.data.pixels import to_pixels
+from library.data.records import READ_ERRORS, Skipped
+from library.data.sample_draws import Visit, draw_sample
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
-from library.data.transforms import crop_info, read_record
+from library.data.transforms import apply_crop, crop_info, read_record
 from library.data.types import Batch, SampleKey
 from library.diffusion.conditioning import TextCond
 from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
-from library.seeds import derive_seed
 
 
 class Work(NamedTuple):
@@ -85,37 +83,25 @@ class BatchBuilder(Dataset):
     def load(self, row: Row, *, epoch: int, step: int) -> Sample:
         """One sample, with all its draws for this visit."""
         image = self.table[row.image]
-        record, subset = image.record, image.record.subset
-        caption = process_caption(
-            record.caption,
-            subset,
-            rng=self._rng("caption", epoch=epoch, image=image, row=row),
-            epoch=epoch + 1,
-            step=step,
+        record = image.record
+        caption, crop = draw_sample(
+            image,
+            Visit(epoch, row.repeat, step),
+            seed=self.seed,
             total_steps=self.total_steps,
+            is_cached=self.latents is not None,
         )
-        flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
         pixels = latents = None
         if self.latents is not None:
-            latents = self.latents.get(row.image, flipped=flip)
-            crop = crop_info(record.size, image.placement, flipped=flip)
+            latents = self.latents.get(row.image, flipped=crop.flipped)
         else:
-            crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
-            pixels, crop = load_sample(
-                read_record(record),
-                image.placement,
-                flip=flip,
-                crop_rng=crop_rng,
-                interpolation=subset.resize_interpolation,
-            )
+            interpolation = record.subset.resize_interpolation
+            pixels = to_pixels(apply_crop(read_record(record), crop, interpolation=interpolation))
         text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
         return Sample(SampleKey(record.key, row.repeat), caption, crop, record.weight, pixels, latents, text)
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])
-
-    def _rng(self, purpose: str, *, epoch: int, image: PlacedImage, row: Row) -> random.Random:
-        return random.Random(derive_seed(self.seed, purpose, epoch, image.record.key, row.repeat))
 
     def _filler(self, work: Work) -> Sample:
         """A blank row of the right shape, for a rank none of whose own rows can be had. It carries no weight."""
