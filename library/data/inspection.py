@@ -14,6 +14,8 @@ import numpy as np
 from library.config.dataset_file import DatasetSpec
 from library.data.assemble import assemble, group_into_pools
 from library.data.batching import Pool, count_steps, epoch_plan, run_length
+from library.data.buckets import enlargement
+from library.data.fit_report import HEAVY_CROP
 from library.data.looking import Look, identical_files, look_at
 from library.data.near_duplicates import groups_alike
 from library.data.records import ImageRecord, ScanReport
@@ -27,15 +29,13 @@ from library.sizes import Size
 FAR_TOO_SMALL = 1.5
 """Factor; an image whose sides grow by as much trains a blurred picture."""
 
-HEAVY_CROP = 0.2
-"""Share of pixels; an image that loses more to the crop may lose parts of its subject."""
-
 KINDS = {
     "unreadable": "unreadable images, left out of training",
     "unreadable_mask": "unreadable masks",
     "no_caption": "no caption: trained with an empty one",
     "empty_caption": "empty captions",
     "cut_caption": "captions that lose text",
+    "over_limit": "over bucket_max_crop or bucket_max_upscale: no bucket keeps them",
     "too_small": f"enlarged {FAR_TOO_SMALL:g} times or more to fill the bucket",
     "cropped": f"more than {HEAVY_CROP:.0%} of the pixels cropped away",
     "duplicate": "the same file as another image",
@@ -49,7 +49,7 @@ class InspectionSettings:
     """What is shown and by which rules; the fields mean what they mean in a training run.
 
     `epoch` counts from 0. `count_tokens` gives lengths without a limit. `is_cached` says that latents are cached.
-    `thumbnails` is how many pictures are kept for a page.
+    `world` is the number of processes. `thumbnails` is how many pictures are kept for a page.
     """
 
     count_tokens: CountTokens
@@ -58,6 +58,7 @@ class InspectionSettings:
     max_token_length: int = 75
     legacy_crop: bool = False
     is_cached: bool = False
+    world: int = 1
     accumulation: int = 1
     max_train_steps: int = 1600
     max_train_epochs: int | None = None
@@ -77,11 +78,13 @@ class Problem(NamedTuple):
 class ImageFacts:
     """One image at its first visit in the epoch. `caption` is as it is tokenised, `tokens` its length.
 
-    `longest` is the number of tokens of the longest wording that training may make of the caption.
+    `dataset` is the index of its data set, `spec`. `longest` is the number of tokens of the longest wording that
+    training may make of the caption.
     """
 
     record: ImageRecord
     dataset: int
+    spec: DatasetSpec
     crop: CropInfo
     size_ids: SizeIds
     caption: str
@@ -92,6 +95,13 @@ class ImageFacts:
     def bucket(self) -> Size:
         """The size that is trained on."""
         return self.crop.target
+
+    @property
+    def is_over_limit(self) -> bool:
+        """Whether the data set's limits on crop and enlargement could not be kept."""
+        crop, upscale = self.spec.bucket_max_crop, self.spec.bucket_max_upscale
+        grown = enlargement(self.crop.original, self.bucket)
+        return (crop is not None and self.cropped_share > crop) or (upscale is not None and grown > upscale)
 
     @property
     def upscale(self) -> float:
@@ -145,7 +155,7 @@ def inspect(specs: Sequence[DatasetSpec], settings: InspectionSettings) -> Inspe
 def _facts(table: ImageTable, specs: Sequence[DatasetSpec], settings: InspectionSettings) -> list[ImageFacts]:
     """The images that the epoch serves, in scan order."""
     pools = group_into_pools(table, specs)
-    steps_per_epoch = count_steps(pools, world=1, accumulation=settings.accumulation)
+    steps_per_epoch = count_steps(pools, world=settings.world, accumulation=settings.accumulation)
     length = run_length(
         steps_per_epoch, max_train_steps=settings.max_train_steps, max_train_epochs=settings.max_train_epochs
     )
@@ -153,9 +163,10 @@ def _facts(table: ImageTable, specs: Sequence[DatasetSpec], settings: Inspection
     draws = []
     rows = sorted(_steps_of_rows(pools, settings).items())
     for row, step in rows:
-        image = table[row]
         visit = Visit(settings.epoch, step=first + step)
-        draws.append(draw_sample(image, visit, seed=settings.seed, total_steps=length, is_cached=settings.is_cached))
+        draws.append(
+            draw_sample(table[row], visit, seed=settings.seed, total_steps=length, is_cached=settings.is_cached)
+        )
     tokens = count_texts({draw.caption for draw in draws}, settings.count_tokens)
     longest = dict(zip(table.images.tolist(), token_lengths(table, settings.count_tokens).tolist(), strict=True))
     ids = legacy_size_ids if settings.legacy_crop else size_ids
@@ -163,6 +174,7 @@ def _facts(table: ImageTable, specs: Sequence[DatasetSpec], settings: Inspection
         ImageFacts(
             record=table.record(int(table.image_of[row])),
             dataset=int(table.dataset_of[row]),
+            spec=specs[int(table.dataset_of[row])],
             crop=draw.crop,
             size_ids=ids(draw.crop),
             caption=draw.caption,
@@ -174,8 +186,10 @@ def _facts(table: ImageTable, specs: Sequence[DatasetSpec], settings: Inspection
 
 
 def _steps_of_rows(pools: Sequence[Pool], settings: InspectionSettings) -> Mapping[int, int]:
-    """Row of the table -> optimizer step of the epoch at which its first repeat is used, on one process."""
-    plan = epoch_plan(pools, world=1, accumulation=settings.accumulation, seed=settings.seed, epoch=settings.epoch)
+    """Row of the table -> optimizer step of the epoch at which its first repeat is used."""
+    plan = epoch_plan(
+        pools, world=settings.world, accumulation=settings.accumulation, seed=settings.seed, epoch=settings.epoch
+    )
     return {
         row.image: step for step in range(len(plan)) for micro in plan[step] for row in micro.rows if row.repeat == 0
     }
@@ -240,6 +254,9 @@ def _caption_and_fit(image: ImageFacts, settings: InspectionSettings) -> Iterato
         yield Problem(
             "cut_caption", path, f"{image.longest} tokens, of which the last {image.longest - limit} are lost"
         )
+    if image.is_over_limit:
+        what = f"{image.cropped_share:.1%} cropped, enlarged {max(1, image.upscale):.2f} times, in {image.bucket}"
+        yield Problem("over_limit", path, what)
     if image.upscale >= FAR_TOO_SMALL:
         yield Problem(
             "too_small", path, f"{image.record.size} is enlarged {image.upscale:.2f} times to fill {image.bucket}"

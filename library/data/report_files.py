@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from library.data.inspection import HEAVY_CROP, KINDS, ImageFacts, Inspection
+from library.data.fit_report import HEAVY_CROP
+from library.data.inspection import KINDS, ImageFacts, Inspection
 from library.io.atomic import write_text
 
 BAR = 40

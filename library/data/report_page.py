@@ -14,7 +14,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from library.data.inspection import HEAVY_CROP, KINDS, ImageFacts, Inspection
+from library.data.fit_report import HEAVY_CROP
+from library.data.inspection import KINDS, ImageFacts, Inspection
 from library.data.looking import Look
 from library.data.report_files import to_json
 from library.data.report_statistics import caption_lengths, repeated_captions, tag_frequencies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ def _inspected(cfg: RunConfig, *, epoch: int, thumbnails: int) -> Inspection:
         max_token_length=cfg.model.max_token_length,
         legacy_crop=cfg.data.legacy_crop_conditioning,
         is_cached=cfg.data.cache_latents,
+        world=int(os.environ.get("WORLD_SIZE") or 1),
         accumulation=cfg.loop.gradient_accumulation_steps,
         max_train_steps=cfg.loop.max_train_steps,
         max_train_epochs=cfg.loop.max_train_epochs,

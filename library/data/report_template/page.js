@@ -56,7 +56,7 @@ function picture(image, edge, view) {
 const BADGES = {
   unreadable: ["unreadable", "bad"], unreadable_mask: ["unreadable mask", "bad"], no_caption: ["no caption", "warn"],
   empty_caption: ["empty caption", "warn"], cut_caption: ["caption is cut", "warn"],
-  duplicate: ["same file", "warn"], near_duplicate: ["look-alike", "warn"],
+  over_limit: ["over a limit", "warn"], duplicate: ["same file", "warn"], near_duplicate: ["look-alike", "warn"],
 };
 
 function badges(image) {
