@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from library.config.dataset_file import dataset_specs
+from library.config.report import ReportOptions
 from library.config.run_config import RunConfig
 from library.data.inspection import Inspection, InspectionSettings, inspect
 from library.data.report_files import report_text, write_report_json
@@ -21,19 +22,15 @@ log = get_logger(__name__)
 PAGE_NAME = "dataset_report.html"
 """The page that --debug_dataset writes into output_dir."""
 
-DEBUG_THUMBNAILS = 2000
-
 
 def report_dataset(cfg: RunConfig) -> Inspection:
     """What tools/dataset_report.py does: the text on the console, and the files that are asked for."""
     inspection = _inspected(cfg, epoch=cfg.report.epoch, thumbnails=_thumbnails(cfg))
     _print(report_text(inspection))
-    if cfg.report.json_file:
-        write_report_json(inspection, cfg.report.json_file)
-        _print(f"\nwritten: {cfg.report.json_file}")
-    if cfg.report.html_file:
-        write_report_page(inspection, cfg.report.html_file)
-        _print(f"\nwritten: {cfg.report.html_file}")
+    for path, write in ((cfg.report.json_file, write_report_json), (cfg.report.html_file, write_report_page)):
+        if path:
+            write(inspection, path)
+            _print(f"\nwritten: {path}")
     return inspection
 
 
@@ -41,7 +38,7 @@ def debug_dataset(cfg: RunConfig) -> None:
     """What the trainers' --debug_dataset does, on the first process: the text, and a page in output_dir."""
     if current_rank() != 0:
         return
-    inspection = _inspected(cfg, epoch=0, thumbnails=DEBUG_THUMBNAILS)
+    inspection = _inspected(cfg, epoch=0, thumbnails=ReportOptions.options()["max_thumbnails"].default)
     _print(report_text(inspection))
     assert cfg.save.output_dir is not None
     page = Path(cfg.save.output_dir) / PAGE_NAME

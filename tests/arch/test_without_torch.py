@@ -16,7 +16,11 @@ TORCH_FREE = [
     "library.data.sources.metadata_json",
     "library.data.table",
     "library.data.transforms",
+    "library.data.inspection",
+    "library.data.report_page",
     "library.diffusion.crops",
+    "library.inference.dataset_report",
+    "library.models.token_ids",
 ]
 
 

@@ -253,9 +253,10 @@ def test_the_tool_needs_no_torch(troubled, tmp_path):
 
 
 def test_settings_that_are_wrong_are_refused_together(tmp_path):
-    done = start("tools/dataset_report.py", f"--train_data_dir={tmp_path / 'none'}", "--epoch=-1", *SMALL)
+    wrong = (f"--train_data_dir={tmp_path / 'none'}", "--epoch=-1", f"--html={tmp_path}")
+    done = start("tools/dataset_report.py", *wrong, *SMALL)
     assert done.returncode == 2 and done.stdout == ""
-    assert "epoch" in done.stderr and "train_data_dir" in done.stderr
+    assert all(name in done.stderr for name in ("3 problems", "epoch", "train_data_dir", "is a folder"))
 
 
 def test_the_trainer_shows_its_data_and_ends_before_a_model_is_loaded(troubled, tmp_path):
