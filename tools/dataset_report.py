@@ -1,7 +1,7 @@
 """Show what a run would train on: `python tools/dataset_report.py --dataset_config data.toml --html report.html`.
 
 Takes the trainer's file and flags. Prints buckets, crops, captions and problems; `--json` and `--html` write every
-image. Needs no torch and changes nothing in the data set.
+image. Needs no torch; in the data set it writes no more than the index of image sizes that training writes.
 """
 
 from __future__ import annotations
