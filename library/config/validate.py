@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.config.fields import ADMIN, GENERATOR, SHARED, TRAINER
+from library.config.fields import ADMIN, GENERATOR, REPORT, SHARED, TRAINER
 from library.config.run_config import RunConfig
 from library.config.values import shown
 from library.errors import Problem
@@ -71,7 +71,7 @@ def model_is_named(cfg: RunConfig) -> list[Problem]:
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED | ADMIN)
+@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED | ADMIN | REPORT)
 def data_is_named(cfg: RunConfig) -> list[Problem]:
     """A run needs images."""
     if cfg.data.train_data_dir or cfg.data.in_json or cfg.data.dataset_config:
@@ -79,7 +79,7 @@ def data_is_named(cfg: RunConfig) -> list[Problem]:
     return [Problem("there is no data", fix="set train_data_dir, in_json or dataset_config")]
 
 
-@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED | ADMIN)
+@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED | ADMIN | REPORT)
 def metadata_has_no_regularisation(cfg: RunConfig) -> list[Problem]:
     """Regularisation images come with folders, not with a metadata file."""
     if not (cfg.data.in_json and cfg.data.reg_data_dir) or cfg.data.dataset_config:

@@ -139,6 +139,11 @@ def count_steps(pools: Sequence[Pool], *, world: int, accumulation: int) -> int:
     return -(-micro_batches // accumulation)
 
 
+def run_length(steps_per_epoch: int, *, max_train_steps: int, max_train_epochs: int | None) -> int:
+    """The optimizer steps of a whole run; epochs win over steps when both are given, as in sd-scripts."""
+    return steps_per_epoch * max_train_epochs if max_train_epochs else max_train_steps
+
+
 def rank_rows(micro_batch: MicroBatch, *, rank: int, world: int) -> RankRows:
     """Every `world`-th row from `rank` on, padded so that all ranks have the same number of rows, at least one."""
     rows = micro_batch.rows[rank::world]

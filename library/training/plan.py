@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from library.data.batching import run_length
 from library.data.dataset import DataSummary
 
 
@@ -24,8 +25,8 @@ class Schedule:
 
 
 def schedule(steps_per_epoch: int, *, max_train_steps: int, max_train_epochs: int | None) -> Schedule:
-    """Epochs win over steps when both are given, as in sd-scripts."""
-    total = steps_per_epoch * max_train_epochs if max_train_epochs else max_train_steps
+    """The length of a run; epochs win over steps."""
+    total = run_length(steps_per_epoch, max_train_steps=max_train_steps, max_train_epochs=max_train_epochs)
     return Schedule(steps_per_epoch, total)
 
 

@@ -45,7 +45,9 @@ def test_help_comes_without_heavy_imports(name):
     assert "usage" in result.stdout.lower()
 
 
-@pytest.mark.parametrize("name", [name for name in tree.entry_points() if name.startswith(("sdxl_", "tools/cache_"))])
+@pytest.mark.parametrize(
+    "name", [name for name in tree.entry_points() if name.startswith(("sdxl_", "tools/cache_", "tools/dataset_"))]
+)
 def test_an_unknown_option_is_refused_without_heavy_imports(name):
     result = start(name, "--no_such_option_at_all")
     assert result.returncode == 2, result.stderr
