@@ -105,6 +105,13 @@ class DataOptions(Group):
     cache_text_encoder_outputs_to_disk: bool = option(
         False, "keep the encoded captions in npz files next to the images", acts=CAPTIONS
     )
+    text_cache_variants: int = option(
+        1,
+        "wordings of each caption to keep with cache_text_encoder_outputs, for captions that are shuffled, thinned out "
+        "or have wildcards; each visit of an image takes one of them",
+        ge=1,
+        acts=CAPTIONS,
+    )
     text_encoder_batch_size: int = option(8, "captions that are encoded at once for a cache", ge=1, acts=CAPTIONS)
     skip_cache_check: bool = option(False, "trust existing cache files without opening them")
     legacy_crop_conditioning: bool = option(

@@ -13,7 +13,7 @@ from typing import Any
 
 from library.config.check_files import missing_path
 from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS, Place, read_dataset_tables
-from library.config.dataset_rules import align_buckets, check_dataset
+from library.config.dataset_rules import align_buckets, check_dataset, idle_variants
 from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
 from library.config.run_config import RunConfig
@@ -43,7 +43,7 @@ def read_datasets(cfg: RunConfig, *, wrong: Collection[str] = ()) -> tuple[list[
             reader.read_folders()
     except UserError as error:
         reader.problems += error.problems
-    return reader.specs, reader.problems, reader.notices
+    return reader.specs, reader.problems, [*reader.notices, *idle_variants(cfg, reader.specs)]
 
 
 @dataclass

@@ -9,8 +9,9 @@ are exchanged in the same way, so every rank ends with all of them.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,21 +92,20 @@ def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, tota
     return Targets(members[first[order]], number_of)
 
 
-def entry_paths(standard: Sequence[Path], identities: Sequence[Hashable]) -> list[Path]:
+def entry_paths(standard: Iterable[Path], identity: Callable[[int], Hashable]) -> Iterator[Path]:
     """The file of each entry, all different.
 
     Of entries with one standard path (a.png beside a.jpg, or one folder used at two resolutions) the first has it, and
-    later ones get a hash of their identity into the name, so that they do not overwrite each other in turn.
+    later ones get a hash of their identity, which is asked for by number, into the name, so that they do not overwrite
+    each other in turn.
     """
-    taken: set[Path] = set()
-    paths = []
-    for path, what in zip(standard, identities, strict=True):
-        if path in taken:
-            digest = hashlib.blake2b(repr(what).encode(), digest_size=4).hexdigest()
+    taken: set[str] = set()
+    for number, path in enumerate(standard):
+        if os.path.normcase(path) in taken:
+            digest = hashlib.blake2b(repr(identity(number)).encode(), digest_size=4).hexdigest()
             path = path.with_name(f"{path.stem}_{digest}{path.suffix}")
-        taken.add(path)
-        paths.append(path)
-    return paths
+        taken.add(os.path.normcase(path))
+        yield path
 
 
 def inspect_all(

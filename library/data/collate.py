@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
-from library.data.captions import process_caption
+from library.data.captions import caption_variant, is_dropped, process_caption
 from library.data.pixels import load_sample
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore, TextStore
@@ -86,14 +86,7 @@ class BatchBuilder(Dataset):
         """One sample, with all its draws for this visit."""
         image = self.table[row.image]
         record, subset = image.record, image.record.subset
-        caption = process_caption(
-            record.caption,
-            subset,
-            rng=self._rng("caption", epoch=epoch, image=image, row=row),
-            epoch=epoch + 1,
-            step=step,
-            total_steps=self.total_steps,
-        )
+        caption, variant = self._caption(image, row=row, epoch=epoch, step=step)
         flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
         pixels = latents = None
         if self.latents is not None:
@@ -108,8 +101,25 @@ class BatchBuilder(Dataset):
                 crop_rng=crop_rng,
                 interpolation=subset.resize_interpolation,
             )
-        text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
+        text = None
+        if self.text is not None:
+            text = self.text.get(self._image_of(row), variant=variant, empty=caption == "")
         return Sample(SampleKey(record.key, row.repeat), caption, crop, record.weight, pixels, latents, text)
+
+    def _caption(self, image: PlacedImage, *, row: Row, epoch: int, step: int) -> tuple[str, int]:
+        """The caption of one visit, and which of the cached wordings it is (0 without a cache)."""
+        record, subset = image.record, image.record.subset
+        rng = self._rng("caption", epoch=epoch, image=image, row=row)
+        num_variants = 1 if self.text is None else self.text.num_variants(self._image_of(row))
+        if num_variants == 1:
+            wording = process_caption(
+                record.caption, subset, rng=rng, epoch=epoch + 1, step=step, total_steps=self.total_steps
+            )
+            return wording, 0
+        variant = self._rng("caption variant", epoch=epoch, image=image, row=row).randrange(num_variants)
+        if is_dropped(subset, rng=rng, epoch=epoch + 1):
+            return "", variant
+        return caption_variant(record.caption, subset, key=record.key, number=variant), variant
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])

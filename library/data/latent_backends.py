@@ -108,10 +108,8 @@ class NpzLatents:
         self._table, self._targets = table, targets
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
-        self._paths = entry_paths(
-            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images],
-            [latent_identity(image) for image in images],
-        )
+        standard = [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images]
+        self._paths = list(entry_paths(standard, lambda number: latent_identity(images[number])))
         self._index = CacheIndex()
         self._foreign: set[int] = set()
 

@@ -76,6 +76,7 @@ def cache_text_pass(
         to_disk=cfg.data.cache_text_encoder_outputs_to_disk,
         batch_size=cfg.data.text_encoder_batch_size,
         skip_check=cfg.data.skip_cache_check,
+        num_variants=cfg.data.text_cache_variants,
     )
     return build_text(data.table, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world)
 
