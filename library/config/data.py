@@ -128,10 +128,12 @@ class DataOptions(Group):
         False, "keep the latents on disk (see cache_store and cache_dir)", acts=TRAINER | LATENTS | REPORT
     )
     cache_text_encoder_outputs: bool = option(
-        False, "encode all captions once before training; the text encoders are then not trained", acts=TRAINER | TEXTS
+        False,
+        "encode all captions once before training; the text encoders are then not trained",
+        acts=TRAINER | TEXTS | REPORT,
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=TRAINER | TEXTS
+        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=TRAINER | TEXTS | REPORT
     )
     cache_store: str = option(
         "npz",
@@ -144,6 +146,13 @@ class DataOptions(Group):
         "folder for the caches on disk and the indexes of the image folders (unset: npz files and indexes next to the "
         "images; a packed cache in .sdxl_cache, in train_data_dir or next to the dataset_config or in_json file)",
         path=True,
+    )
+    text_cache_variants: int = option(
+        1,
+        "wordings of each caption to keep with cache_text_encoder_outputs, for captions that are shuffled, thinned out "
+        "or have wildcards; each visit of an image takes one of them",
+        ge=1,
+        acts=TRAINER | TEXTS | REPORT,
     )
     text_encoder_batch_size: int = option(
         8, "captions that are encoded at once for a cache", ge=1, acts=TRAINER | TEXTS

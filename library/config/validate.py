@@ -119,6 +119,19 @@ def caches_are_on_disk(cfg: RunConfig) -> list[Problem]:
     )
 
 
+@rule("text_cache_variants", "cache_text_encoder_outputs")
+def variants_are_cached(cfg: RunConfig) -> list[Problem]:
+    """Variants are what a text cache keeps; without one every visit has a wording of its own."""
+    if cfg.data.text_cache_variants == 1 or cfg.data.cache_text_encoder_outputs:
+        return []
+    return conflict(
+        cfg,
+        "text_cache_variants acts with cache_text_encoder_outputs only: without it every wording is encoded anew",
+        "text_cache_variants",
+        fix="set cache_text_encoder_outputs, or leave text_cache_variants out",
+    )
+
+
 # --- diffusion -----------------------------------------------------------------------------------------------------
 
 

@@ -8,11 +8,14 @@ are exchanged in the same way, so every rank ends with all of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +30,9 @@ T = TypeVar("T")
 
 FILE_CHECKERS = 8
 """Threads that look at existing cache files."""
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for one that has more to encode; the usual half hour is too short for a large cache."""
 
 LISTED = 5
 """How many failures the log names."""
@@ -97,21 +103,20 @@ def group_targets(members: np.ndarray, identities: Sequence[np.ndarray], *, tota
     return Targets(members[first[order]], number_of)
 
 
-def entry_paths(standard: Sequence[Path], identities: Sequence[Hashable]) -> list[Path]:
+def entry_paths(standard: Iterable[Path], identity: Callable[[int], Hashable]) -> Iterator[Path]:
     """The file of each entry, all different.
 
     Of entries with one standard path (a.png beside a.jpg, or one folder used at two resolutions) the first has it, and
-    later ones get a hash of their identity into the name, so that they do not overwrite each other in turn.
+    later ones get a hash of their identity, which is asked for by number, into the name, so that they do not overwrite
+    each other in turn.
     """
-    taken: set[Path] = set()
-    paths = []
-    for path, what in zip(standard, identities, strict=True):
-        if path in taken:
-            digest = hashlib.blake2b(repr(what).encode(), digest_size=4).hexdigest()
+    taken: set[str] = set()
+    for number, path in enumerate(standard):
+        if os.path.normcase(path) in taken:
+            digest = hashlib.blake2b(repr(identity(number)).encode(), digest_size=4).hexdigest()
             path = path.with_name(f"{path.stem}_{digest}{path.suffix}")
-        taken.add(path)
-        paths.append(path)
-    return paths
+        taken.add(os.path.normcase(path))
+        yield path
 
 
 def inspect_all(
@@ -152,7 +157,7 @@ def exchange(mine: T) -> list[T]:
         return [mine]
     everything: list[Any] = [None] * torch.distributed.get_world_size()
     # Objects go through the host: NCCL would need room for all of them on every GPU.
-    group = torch.distributed.new_group(backend="gloo") if torch.distributed.get_backend() == "nccl" else None
+    group = _host_group(torch.distributed.group.WORLD) if torch.distributed.get_backend() == "nccl" else None
     torch.distributed.all_gather_object(everything, mine, group=group)
     return everything
 
@@ -160,6 +165,12 @@ def exchange(mine: T) -> list[T]:
 def agreed(mine: T) -> T:
     """What the first rank brought."""
     return exchange(mine)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: object) -> torch.distributed.ProcessGroup:
+    """One group of all ranks for the lifetime of their `world`: each one holds sockets and threads."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def chunked(items: Sequence[T], size: int) -> list[Sequence[T]]:

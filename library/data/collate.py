@@ -87,15 +87,17 @@ class BatchBuilder(Dataset):
     def load(self, row: Row, *, epoch: int, step: int) -> Sample:
         """One sample, with all its draws for this visit."""
         image = self.table[row.image]
-        caption, crop = draw_sample(
+        member = self._image_of(row)
+        caption, crop, variant = draw_sample(
             image,
             Visit(epoch, row.repeat, step),
             seed=self.seed,
             total_steps=self.total_steps,
             is_cached=self.latents is not None,
+            num_variants=1 if self.text is None else self.text.num_variants(member),
         )
         sample = self._picture(image, row, crop=crop)
-        text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
+        text = None if self.text is None else self.text.get(member, variant=variant, empty=caption == "")
         return replace(sample, caption=caption, text=text)
 
     def _picture(self, image: PlacedImage, row: Row, *, crop: CropInfo) -> Sample:

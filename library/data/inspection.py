@@ -16,6 +16,7 @@ from library.config.dataset_file import DatasetSpec
 from library.data.assemble import assemble, group_into_pools
 from library.data.batching import Pool, count_steps, epoch_plan, run_length
 from library.data.buckets import enlargement
+from library.data.captions import has_one_wording
 from library.data.fit_report import HEAVY_CROP
 from library.data.looking import Look, identical_files, look_at
 from library.data.near_duplicates import groups_alike
@@ -51,7 +52,8 @@ class InspectionSettings:
 
     `epoch` counts from 0. `count_tokens` gives lengths without a limit. `is_cached` says that latents are cached.
     `world` is the number of processes. `cache_dir` holds the indexes of the image folders, where they have a place of
-    their own. `thumbnails` is how many pictures are kept for a page.
+    their own. `num_variants` is how many wordings of a caption are cached. `thumbnails` is how many pictures are kept
+    for a page.
     """
 
     count_tokens: CountTokens
@@ -65,6 +67,7 @@ class InspectionSettings:
     max_train_steps: int = 1600
     max_train_epochs: int | None = None
     cache_dir: Path | None = None
+    num_variants: int = 1
     thumbnails: int = 0
 
 
@@ -170,9 +173,16 @@ def _facts(table: ImageTable, specs: Sequence[DatasetSpec], settings: Inspection
     draws = []
     rows = sorted(_steps_of_rows(pools, settings).items())
     for row, step in rows:
-        visit = Visit(settings.epoch, step=first + step)
+        image, visit = table[row], Visit(settings.epoch, step=first + step)
         draws.append(
-            draw_sample(table[row], visit, seed=settings.seed, total_steps=length, is_cached=settings.is_cached)
+            draw_sample(
+                image,
+                visit,
+                seed=settings.seed,
+                total_steps=length,
+                is_cached=settings.is_cached,
+                num_variants=1 if has_one_wording(image.record.subset) else settings.num_variants,
+            )
         )
     tokens = count_texts({draw.caption for draw in draws}, settings.count_tokens)
     longest = dict(zip(table.images.tolist(), token_lengths(table, settings.count_tokens).tolist(), strict=True))

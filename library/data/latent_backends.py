@@ -126,14 +126,16 @@ class NpzLatents:
         self._table, self._targets, self._has_mask = table, targets, has_mask
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         images = [table[row] for row in targets.first.tolist()]
-        identities = [latent_identity(image) for image in images]
-        self._paths = self._beside = entry_paths(
-            [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images], identities
-        )
+        standard = [latent_cache.latent_cache_path(image.record.path, image.record.size) for image in images]
+
+        def identity(number: int) -> tuple[object, ...]:
+            return latent_identity(images[number])
+
+        self._paths = self._beside = list(entry_paths(standard, identity))
         if place.folder is not None:
             names = [latent_cache.standard_name(image.record.path, image.record.size) for image in images]
             beside = [Path(image.record.path).with_name(name) for image, name in zip(images, names, strict=True)]
-            self._paths = entry_paths(list(map(place.npz_path, beside)), identities)
+            self._paths = list(entry_paths(map(place.npz_path, beside), identity))
         self._index = CacheIndex()
         self._unindexed: set[int] = set()
         self._is_beside: dict[int, bool] = {}

@@ -68,6 +68,7 @@ def _inspected(cfg: RunConfig, *, epoch: int, thumbnails: int) -> Inspection:
         max_train_steps=cfg.loop.max_train_steps,
         max_train_epochs=cfg.loop.max_train_epochs,
         cache_dir=index_folder(cfg),
+        num_variants=cfg.data.text_cache_variants if cfg.data.cache_text_encoder_outputs else 1,
         thumbnails=thumbnails,
     )
     return inspect(dataset_specs(cfg), settings)

@@ -12,6 +12,9 @@ import torch
 from library.data.dataset import build_train_data
 from library.data.inspection import KINDS, InspectionSettings, inspect
 from library.data.report_files import report_text, write_report_json
+from library.data.stores import CachedLatents
+from library.data.text_caching import TextCacheOptions, build_text
+from tests.data.fakes import fake_text_encoder
 from tests.data.specs import dataset, picture, subset, write_folder, write_picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +45,7 @@ class CentralLatents:
     in_memory = True
 
     def get(self, row, *, flipped):
-        return torch.zeros(4, 8, 8)
+        return CachedLatents(torch.zeros(4, 8, 8))
 
     def has(self, rows):
         return torch.ones(len(rows), dtype=torch.bool).numpy()
@@ -60,17 +63,46 @@ def test_the_report_equals_the_batches_of_the_epoch(tmp_path, epoch, changes, is
     data.set_length(3 * data.steps_per_epoch)
     if is_cached:
         data.attach_latents(CentralLatents())
-    trained = {
+    trained = samples_of(data, epoch)
+    found = look(*specs, epoch=epoch, accumulation=2, max_train_epochs=3, is_cached=is_cached)
+    shown = {image.record.key: (image.caption, image.size_ids, image.bucket) for image in found.images}
+    assert shown == trained and len(shown) == 14
+    assert [image.record.key for image in found.images] == [record.key for record in data.records]
+
+
+def samples_of(data, epoch):
+    """Caption, size ids and bucket of the first visit of every image in an epoch, by its key."""
+    return {
         batch.keys[row].record: (batch.captions[row], tuple(batch.sizes_B6[row].tolist()), batch.bucket)
         for group in data.epoch(epoch)
         for batch in group.micro_batches
         for row in range(batch.num_real)
         if batch.keys[row].repeat == 0
     }
-    found = look(*specs, epoch=epoch, accumulation=2, max_train_epochs=3, is_cached=is_cached)
-    shown = {image.record.key: (image.caption, image.size_ids, image.bucket) for image in found.images}
-    assert shown == trained and len(shown) == 14
-    assert [image.record.key for image in found.images] == [record.key for record in data.records]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_captions_are_the_cached_wordings_that_training_draws(tmp_path, epoch):
+    specs = [
+        dataset(subset(write_folder(tmp_path / "one"), **RANDOM)),
+        dataset(subset(write_folder(tmp_path / "two"), caption_prefix="p")),
+    ]
+    data = build_train_data(specs, seed=7)
+    store, _ = build_text(data.all_images, fake_text_encoder, options=TextCacheOptions("t", 1, num_variants=3))
+    data.attach_text(store)
+    shown = {image.record.key: image.caption for image in look(*specs, epoch=epoch, num_variants=3).images}
+    assert shown == {key: caption for key, (caption, *_) in samples_of(data, epoch).items()} and len(shown) == 14
+    plain = {image.record.key: image.caption for image in look(*specs, epoch=epoch).images}
+    assert epoch == 2 or shown != plain
+
+
+def test_held_out_images_are_counted_and_not_shown(tmp_path):
+    spec = dataset(subset(write_folder(tmp_path), **RANDOM), validation_split=0.4)
+    data = build_train_data([spec], seed=7)
+    found = look(spec)
+    assert {image.record.key for image in found.images} == samples_of(data, 0).keys()
+    assert (len(found.images), found.summary.held_out) == (4, 3)
+    assert "3 images are held out for validation" in report_text(found)
 
 
 def test_the_size_ids_are_those_of_sd_scripts_when_training_uses_them(tmp_path):
@@ -161,8 +193,8 @@ def test_an_image_that_was_replaced_meanwhile_is_unreadable(tmp_path, monkeypatc
 def _replacing(path):
     from library.data.assemble import assemble
 
-    def scan(specs):
-        result = assemble(specs)
+    def scan(specs, **options):
+        result = assemble(specs, **options)
         write_picture(path, 96, 64)
         return result
 
@@ -296,3 +328,17 @@ def test_other_ranks_leave_the_report_to_the_first(troubled, tmp_path):
 def test_pictures_of_the_fixture_differ():
     """The look-alike tests rest on it."""
     assert (picture(64, 64, seed=0) != picture(64, 64, seed=1)).mean() > 0.9
+
+
+def test_masks_are_those_that_training_reads(tmp_path):
+    folder, masks = tmp_path / "images", tmp_path / "masks"
+    write_folder(folder, sizes=[(64, 64)] * 2)
+    write_folder(masks, sizes=[(64, 64)] * 2)
+    spec = dataset(subset(folder, mask_dir=str(masks)))
+    found = look(spec, thumbnails=2)
+    assert [Path(image.record.mask).parent for image in found.images] == [masks] * 2
+    assert all(one.mask for one in found.looks) and found.problems == []
+    assert "2 images have a loss mask" in report_text(found)
+    write_picture(masks / "p1.png", 96, 64)
+    (problem,) = look(spec).problems
+    assert problem.kind == "unreadable" and "mask" in problem.what and problem.path.endswith("p1.png")

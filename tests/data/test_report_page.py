@@ -124,7 +124,7 @@ def test_masks_go_with_their_pictures(folder, tmp_path, monkeypatch):
     scan = folders.scan
 
     def with_masks(spec, *, report, cache_dir):
-        for record in scan(spec, report=report):
+        for record in scan(spec, report=report, cache_dir=cache_dir):
             masks = {"copy.png": str(mask), "line.png": str(broken)}
             yield dataclasses.replace(record, mask=masks.get(record.path.rsplit("/", 1)[-1]))
 

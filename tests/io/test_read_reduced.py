@@ -56,3 +56,14 @@ def test_a_torn_picture_is_refused(tmp_path):
         path.write_bytes(buffer.getvalue()[:-300])
         with pytest.raises(ImageError, match=r"a\."):
             read_reduced(path, edge=100)
+
+
+def test_a_transparent_colour_of_a_palette_counts(tmp_path):
+    path = tmp_path / "a.png"
+    picture = Image.fromarray(np.repeat([[0], [1]], 50, axis=0).astype(np.uint8).repeat(200, axis=1), "P")
+    picture.putpalette([255, 0, 0, 0, 255, 0])
+    picture.save(path, transparency=0)
+    found = read_reduced(path, edge=50)
+    assert (found.alpha[0] == 0).all() and (found.alpha[-1] == 255).all()
+    slope(20, 20).save(path)
+    assert read_reduced(path, edge=50).alpha is None
