@@ -21,6 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the settings (before torch is imported), then train; returns the exit code."""
     cfg = parse("sdxl_train_network", argv, checks=[_network_args])
     setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
+    if cfg.data.debug_dataset:
+        from library.inference.dataset_report import debug_dataset
+
+        debug_dataset(cfg)
+        return 0
     from library.training.launch import train
     from library.training.trainables.network import NetworkTrainable
 

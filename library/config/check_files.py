@@ -16,6 +16,8 @@ from library.plugins import list_plugins
 
 def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]:
     """The problems with names of files, folders and modules; `wrong` names options that are reported already."""
+    if cfg.run == "dataset_report":  # it opens what the dataset names, and no model
+        return [problem for name in ("json_file", "html_file") for problem in _check_written(cfg, name)]
     names = ("ckpt", "vae") if cfg.run == "sdxl_gen_img" else ("pretrained_model_name_or_path", "vae")
     problems = [problem for name in names if name not in wrong for problem in _check_model(cfg, name)]
     if cfg.run == "sdxl_gen_img":
@@ -89,6 +91,12 @@ def _check_output(cfg: RunConfig) -> list[Problem]:
     if value and Path(value).exists() and not Path(value).is_dir():
         return [Problem(f"output_dir {value} is a file", cfg.provenance["output_dir"], "name a folder")]
     return []
+
+
+def _check_written(cfg: RunConfig, name: str) -> Iterator[Problem]:
+    value = cfg.get(name)
+    if value and Path(value).is_dir():
+        yield Problem(f"{name} {value} is a folder", cfg.provenance[name], "name a file in it")
 
 
 def _check_network_module(cfg: RunConfig) -> list[Problem]:

@@ -6,17 +6,17 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import ADMIN, LATENTS, SHARED, TEXTS, TRAINER, Group, SizeValue, option
+from library.config.fields import ADMIN, LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, SizeValue, option
 
-IMAGES = TRAINER | LATENTS | ADMIN
-CAPTIONS = TRAINER | TEXTS | ADMIN
+IMAGES = TRAINER | LATENTS | ADMIN | REPORT
+CAPTIONS = TRAINER | TEXTS | ADMIN | REPORT
 
 
 class DataOptions(Group):
     """Where the data is and what happens to it; most of these can also stand in the dataset file."""
 
     title: ClassVar[str] = "data"
-    acts: ClassVar[frozenset[str]] = SHARED | ADMIN
+    acts: ClassVar[frozenset[str]] = SHARED | ADMIN | REPORT
 
     dataset_config: str | None = option(None, "dataset file (.toml or .json)", path=True)
     train_data_dir: str | None = option(
@@ -86,8 +86,12 @@ class DataOptions(Group):
     )
     caption_prefix: str | None = option(None, "text put before every caption", acts=CAPTIONS)
     caption_suffix: str | None = option(None, "text put after every caption", acts=CAPTIONS)
-    caption_dropout_rate: float = option(0.0, "share of captions that are left empty", ge=0, le=1, acts=TRAINER)
-    caption_dropout_every_n_epochs: int = option(0, "leave all captions empty in every Nth epoch", ge=0, acts=TRAINER)
+    caption_dropout_rate: float = option(
+        0.0, "share of captions that are left empty", ge=0, le=1, acts=TRAINER | REPORT
+    )
+    caption_dropout_every_n_epochs: int = option(
+        0, "leave all captions empty in every Nth epoch", ge=0, acts=TRAINER | REPORT
+    )
     caption_tag_dropout_rate: float = option(
         0.0, "share of the movable caption parts that are left out", ge=0, le=1, acts=CAPTIONS
     )
@@ -120,16 +124,16 @@ class DataOptions(Group):
         "share of the images of each dataset that is not trained on (regularisation images apart)",
         ge=0,
         le=1,
-        acts=TRAINER,
+        acts=TRAINER | REPORT,
     )
     validation_seed: int | None = option(
-        None, "chooses the images of validation_split (unset: the seed of the run)", acts=TRAINER
+        None, "chooses the images of validation_split (unset: the seed of the run)", acts=TRAINER | REPORT
     )
     dataset_repeats: int = option(1, "repeats of subsets in the dataset file that name none", ge=1)
-    train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER)
-    cache_latents: bool = option(False, "encode all images once before training", acts=TRAINER | LATENTS)
+    train_batch_size: int = option(1, "images per step and process", ge=1, acts=TRAINER | REPORT)
+    cache_latents: bool = option(False, "encode all images once before training", acts=TRAINER | LATENTS | REPORT)
     cache_latents_to_disk: bool = option(
-        False, "keep the latents on disk (see cache_store and cache_dir)", acts=TRAINER | LATENTS
+        False, "keep the latents on disk (see cache_store and cache_dir)", acts=TRAINER | LATENTS | REPORT
     )
     cache_latents_moments: bool = option(
         False, "cache the VAE's mean and variance, so that every epoch draws fresh latents", acts=TRAINER | LATENTS
@@ -138,10 +142,12 @@ class DataOptions(Group):
         False, "start training at once and cache each image when it is first used", acts=TRAINER
     )
     cache_text_encoder_outputs: bool = option(
-        False, "encode all captions once before training; the text encoders are then not trained", acts=TRAINER | TEXTS
+        False,
+        "encode all captions once before training; the text encoders are then not trained",
+        acts=TRAINER | TEXTS | REPORT,
     )
     cache_text_encoder_outputs_to_disk: bool = option(
-        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=TRAINER | TEXTS
+        False, "keep the encoded captions on disk (see cache_store and cache_dir)", acts=TRAINER | TEXTS | REPORT
     )
     cache_store: str = option(
         "npz",
@@ -154,6 +160,13 @@ class DataOptions(Group):
         "folder for the caches on disk and the indexes of the image folders (unset: npz files and indexes next to the "
         "images; a packed cache in .sdxl_cache, in train_data_dir or next to the dataset_config or in_json file)",
         path=True,
+    )
+    text_cache_variants: int = option(
+        1,
+        "wordings of each caption to keep with cache_text_encoder_outputs, for captions that are shuffled, thinned out "
+        "or have wildcards; each visit of an image takes one of them",
+        ge=1,
+        acts=TRAINER | TEXTS | REPORT,
     )
     text_encoder_batch_size: int = option(
         8, "captions that are encoded at once for a cache", ge=1, acts=TRAINER | TEXTS
@@ -169,6 +182,11 @@ class DataOptions(Group):
     )
     persistent_data_loader_workers: bool = option(
         False, "keep the loading processes alive between epochs", acts=TRAINER
+    )
+    debug_dataset: bool = option(
+        False,
+        "show what would be trained on (a table, and dataset_report.html in output_dir), then end without training",
+        acts=TRAINER,
     )
 
     @field_validator("caption_extension")

@@ -15,7 +15,7 @@ from library.config.check_files import missing_path
 from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS, Place, read_dataset_tables
 from library.config.dataset_resolutions import KEYS as RESOLUTION_KEYS
 from library.config.dataset_resolutions import look_up_resolutions
-from library.config.dataset_rules import align_buckets, check_all, check_dataset
+from library.config.dataset_rules import align_buckets, check_all, check_dataset, idle_variants
 from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
 from library.config.run_config import RunConfig
@@ -49,7 +49,7 @@ def read_datasets(cfg: RunConfig, *, wrong: Collection[str] = ()) -> tuple[list[
         reader.problems += error.problems
     if not reader.problems and reader.are_rules_checked:
         reader.problems += check_all(cfg, reader.specs)
-    return reader.specs, reader.problems, reader.notices
+    return reader.specs, reader.problems, [*reader.notices, *idle_variants(cfg, reader.specs)]
 
 
 @dataclass

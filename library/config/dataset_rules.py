@@ -15,6 +15,9 @@ BUCKET_STEP_UNIT = 32
 NO_CONTROL_RUNS = frozenset({"sdxl_train_network"})
 """Runs that have no use for condition images."""
 
+# What gives a caption another wording on each visit that can be made ahead of training.
+REWORDING = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard")
+
 
 def align_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[str]]:
     """Round the smallest bucket side down and the largest up to multiples of the steps, and say so."""
@@ -139,12 +142,25 @@ def _text_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
     if not cfg.data.cache_text_encoder_outputs:
         return []
     problems = []
-    for name in ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard", "token_warmup_step"):
-        folders = [subset.place for subset in spec.subsets if getattr(subset, name)]
-        if folders:
-            what = (
-                f"cache_text_encoder_outputs keeps one caption per image, so {name} cannot act in {', '.join(folders)}"
-            )
-            where = f"cache_text_encoder_outputs: {cfg.provenance['cache_text_encoder_outputs']}"
-            problems.append(Problem(what, where, f"leave out cache_text_encoder_outputs or {name}"))
+    where = f"cache_text_encoder_outputs: {cfg.provenance['cache_text_encoder_outputs']}"
+    for name in () if cfg.data.text_cache_variants > 1 else REWORDING:
+        if folders := _where_set(spec, name):
+            what = f"cache_text_encoder_outputs keeps one wording of a caption, so {name} cannot act in {folders}"
+            fix = f"set text_cache_variants, for example to 8, to keep several; or leave out {name} or the cache"
+            problems.append(Problem(what, where, fix))
+    if folders := _where_set(spec, "token_warmup_step"):
+        what = f"cache_text_encoder_outputs keeps whole captions, so token_warmup_step cannot act in {folders}"
+        problems.append(Problem(what, where, "leave out cache_text_encoder_outputs or token_warmup_step"))
     return problems
+
+
+def idle_variants(cfg: RunConfig, specs: Sequence[DatasetSpec]) -> list[str]:
+    """A notice when several wordings are asked for and every caption has one."""
+    asked = cfg.data.cache_text_encoder_outputs and cfg.data.text_cache_variants > 1
+    if not asked or not specs or any(_where_set(spec, name) for spec in specs for name in REWORDING):
+        return []
+    return [f"text_cache_variants has no effect: no subset sets {', '.join(REWORDING[:-1])} or {REWORDING[-1]}"]
+
+
+def _where_set(spec: DatasetSpec, name: str) -> str:
+    return ", ".join(subset.place for subset in spec.subsets if getattr(subset, name))

@@ -21,8 +21,9 @@ LATENTS = frozenset({"cache_latents"})
 TEXTS = frozenset({"cache_text_encoder_outputs"})
 GENERATOR = frozenset({"sdxl_gen_img"})
 ADMIN = frozenset({"cache_admin"})
+REPORT = frozenset({"dataset_report"})
 SHARED = TRAINER | LATENTS | TEXTS
-EVERY_RUN = SHARED | GENERATOR | ADMIN
+EVERY_RUN = SHARED | GENERATOR | ADMIN | REPORT
 
 SizeValue = Annotated[Size, InstanceOf()]
 _KINDS: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str", Size: "size"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from library.config.console import ConsoleOptions
-from library.config.fields import SHARED, TRAINER, option
+from library.config.fields import REPORT, SHARED, TRAINER, option
 
 
 class LoopOptions(ConsoleOptions):
@@ -14,12 +14,20 @@ class LoopOptions(ConsoleOptions):
     title: ClassVar[str] = "training loop"
     acts: ClassVar[frozenset[str]] = TRAINER
 
-    max_train_steps: int = option(1600, "optimizer steps", ge=1)
-    max_train_epochs: int | None = option(None, "epochs; takes the place of max_train_steps", ge=1, zero_is_unset=True)
-    gradient_accumulation_steps: int = option(1, "batches per optimizer step", ge=1)
+    max_train_steps: int = option(1600, "optimizer steps", ge=1, acts=TRAINER | REPORT)
+    max_train_epochs: int | None = option(
+        None, "epochs; takes the place of max_train_steps", ge=1, zero_is_unset=True, acts=TRAINER | REPORT
+    )
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step", ge=1, acts=TRAINER | REPORT)
     gradient_checkpointing: bool = option(False, "compute activations twice to save memory")
     mixed_precision: str = option("no", "precision of the computation", choices=["no", "fp16", "bf16"], acts=SHARED)
-    seed: int | None = option(None, "seed of everything random (unset: a new one, shown and recorded)", ge=0, lt=2**63)
+    seed: int | None = option(
+        None,
+        "seed of everything random (unset: a new one, shown and recorded)",
+        ge=0,
+        lt=2**63,
+        acts=TRAINER | REPORT,
+    )
     resume: str | None = option(None, "state folder to go on from", path=True)
     logging_dir: str | None = option(None, "folder for logs; every run makes a sub-folder with its time", path=True)
     log_prefix: str | None = option(None, "start of the name of that sub-folder")

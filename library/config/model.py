@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import ADMIN, LATENTS, SHARED, TEXTS, TRAINER, Group, option
+from library.config.fields import ADMIN, LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, option
 
 
 class ModelOptions(Group):
@@ -31,10 +31,12 @@ class ModelOptions(Group):
         75,
         "caption length in tokens; a multiple of 75, longer captions take several chunks",
         ge=75,
-        acts=TRAINER | TEXTS | ADMIN,
+        acts=TRAINER | TEXTS | ADMIN | REPORT,
     )
     weighted_captions: bool = option(
-        False, "honour weights such as (a red cat:1.2) and [dog] in captions", acts=TRAINER | TEXTS | ADMIN
+        False,
+        "honour weights such as (a red cat:1.2) and [dog] in captions",
+        acts=TRAINER | TEXTS | ADMIN | REPORT,
     )
     clip_skip: int | None = option(
         None,

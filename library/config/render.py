@@ -25,6 +25,7 @@ _LETTERS = {
     "cache_latents": "L",
     "cache_text_encoder_outputs": "E",
     "cache_admin": "A",
+    "dataset_report": "R",
     "sdxl_gen_img": "G",
 }
 _TYPES = {"int": "whole number", "float": "number", "str": "text", "size": "resolution", "share": "count or share"}
@@ -72,8 +73,8 @@ def _introduction() -> Iterator[str]:
     for name, run in RUNS.items():
         yield f"| {_LETTERS[name]} | `{run.script}` | {run.purpose} |"
     yield ""
-    yield "The cache tools accept every option of the trainer, so that one file serves all of them; they act on those"
-    yield "that carry their letter and ignore the rest."
+    yield "The cache tools and the report accept every option of the trainer, so that one file serves all of them; they"
+    yield "act on those that carry their letter and ignore the rest."
     yield ""
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
     from library.config.preview import PreviewOptions
+    from library.config.report import ReportOptions
     from library.config.save import SaveOptions
 
 DEFAULT = "default"
@@ -39,6 +40,7 @@ class RunConfig:
     preview: PreviewOptions
     generate: GenerateOptions
     admin: AdminOptions
+    report: ReportOptions
 
     def __init__(
         self, run: str, *, groups: Mapping[str, Group], provenance: Mapping[str, str], notices: list[str]

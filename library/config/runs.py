@@ -14,6 +14,7 @@ from library.config.model import ModelOptions
 from library.config.network import NetworkOptions
 from library.config.optim import OptimOptions
 from library.config.preview import PreviewOptions
+from library.config.report import ReportOptions
 from library.config.save import SaveOptions
 
 
@@ -29,8 +30,8 @@ class Run:
 
     @property
     def is_training(self) -> bool:
-        """Whether this run trains; the cache tools only share the trainer's options."""
-        return "loop" in self.groups and self.name not in CACHE_TOOLS
+        """Whether this run trains; the tools only share the trainer's options."""
+        return "loop" in self.groups and self.name not in DATA_TOOLS
 
     def options(self) -> dict[str, Option]:
         """All options by name, in the order of the groups."""
@@ -41,7 +42,7 @@ class Run:
         return next(key for key, group in self.groups.items() if name in group.options())
 
 
-CACHE_TOOLS = frozenset({"cache_latents", "cache_text_encoder_outputs", "cache_admin"})
+DATA_TOOLS = frozenset({"cache_latents", "cache_text_encoder_outputs", "cache_admin", "dataset_report"})
 
 _TRAINING: dict[str, type[Group]] = {
     "model": ModelOptions,
@@ -54,7 +55,7 @@ _TRAINING: dict[str, type[Group]] = {
     "preview": PreviewOptions,
 }
 
-# The cache tools accept the trainer's options because users give them the trainer's TOML file; the `acts` of each
+# The tools accept the trainer's options because users give them the trainer's TOML file; the `acts` of each
 # option says which of them have an effect there.
 RUNS: dict[str, Run] = {
     run.name: run
@@ -80,6 +81,13 @@ RUNS: dict[str, Run] = {
             "Look after the caches of a dataset: status, verify, pack, unpack or clean.",
             {"admin": AdminOptions, **_TRAINING},
             frozenset("N"),
+        ),
+        Run(
+            "dataset_report",
+            "tools/dataset_report.py",
+            "Show what a run would train on: buckets, crops, captions, problems.",
+            {"report": ReportOptions, **_TRAINING},
+            frozenset({"N"}),
         ),
         Run(
             "sdxl_gen_img",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from library.config.fields import ADMIN, GENERATOR, LATENTS, SHARED, TRAINER
+from library.config.fields import ADMIN, GENERATOR, LATENTS, REPORT, SHARED, TRAINER
 from library.config.run_config import RunConfig
 from library.config.values import shown
 from library.errors import Problem
@@ -71,7 +71,7 @@ def model_is_named(cfg: RunConfig) -> list[Problem]:
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
-@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED | ADMIN)
+@rule("train_data_dir", "in_json", "dataset_config", runs=SHARED | ADMIN | REPORT)
 def data_is_named(cfg: RunConfig) -> list[Problem]:
     """A run needs images."""
     if cfg.data.train_data_dir or cfg.data.in_json or cfg.data.dataset_config:
@@ -79,7 +79,7 @@ def data_is_named(cfg: RunConfig) -> list[Problem]:
     return [Problem("there is no data", fix="set train_data_dir, in_json or dataset_config")]
 
 
-@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED | ADMIN)
+@rule("in_json", "reg_data_dir", "dataset_config", runs=SHARED | ADMIN | REPORT)
 def metadata_has_no_regularisation(cfg: RunConfig) -> list[Problem]:
     """Regularisation images come with folders, not with a metadata file."""
     if not (cfg.data.in_json and cfg.data.reg_data_dir) or cfg.data.dataset_config:
@@ -126,6 +126,19 @@ def caches_are_on_disk(cfg: RunConfig) -> list[Problem]:
         "cache_store cannot act: nothing is cached on disk",
         "cache_store",
         fix="set cache_latents_to_disk or cache_text_encoder_outputs_to_disk",
+    )
+
+
+@rule("text_cache_variants", "cache_text_encoder_outputs")
+def variants_are_cached(cfg: RunConfig) -> list[Problem]:
+    """Variants are what a text cache keeps; without one every visit has a wording of its own."""
+    if cfg.data.text_cache_variants == 1 or cfg.data.cache_text_encoder_outputs:
+        return []
+    return conflict(
+        cfg,
+        "text_cache_variants acts with cache_text_encoder_outputs only: without it every wording is encoded anew",
+        "text_cache_variants",
+        fix="set cache_text_encoder_outputs, or leave text_cache_variants out",
     )
 
 

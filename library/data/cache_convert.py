@@ -111,7 +111,7 @@ def _ids(survey: Survey, part: NpzPart) -> np.ndarray:
     """The ids that the npz targets have in the packed cache (uint64)."""
     if isinstance(part.work, LatentPass):
         return latent_ids(part.work.table, part.work.targets.first)
-    return survey.caption_ids(part.work.wordings)
+    return part.work.targets.first_ids
 
 
 def _usable_positions(packed: PackedPart) -> dict[int, int]:
@@ -130,7 +130,7 @@ def _record(part: NpzPart, number: int) -> Record:
     text = text_cache.read(path)
     model = _named(text.fingerprint, "text_encoder") if part.checks[number].status == "valid" else None
     made_by = Recipe(model, text.hidden_state1.shape[-1])
-    return Record(arrays_of_text(text), made_by.text(), part.work.wordings[number], None)
+    return Record(arrays_of_text(text), made_by.text(), part.work.text(number), None)
 
 
 def _named(made_from: str | None, key: str) -> str | None:
@@ -210,7 +210,7 @@ def _write_text(part: NpzPart, number: int, store: PackedStore, position: int, s
     made = None
     if encoder is not None:
         made = fingerprint.text_fingerprint(
-            caption=part.work.wordings[number],
+            caption=part.work.text(number),
             text_encoder_id=encoder,
             max_token_length=survey.max_token_length,
             weighted=survey.weighted,

@@ -21,7 +21,7 @@ from library.data.cache_places import CachePlace, mirrored
 from library.data.caching import usable
 from library.data.latent_caching import LatentCacheOptions, LatentPass
 from library.data.packed_latents import PackedLatents
-from library.data.packed_text import PackedText, caption_id
+from library.data.packed_text import PackedText
 from library.data.table import ImageTable
 from library.data.text_backends import TextCacheOptions
 from library.data.text_caching import TextPass
@@ -145,7 +145,7 @@ class NpzPart:
 def _belongs(work: LatentPass | TextPass) -> Callable[[str], bool]:
     """Whether the key of an entry is that of a caption or image of the data set, or of an image in another folder."""
     if isinstance(work, TextPass):
-        captions = {*work.wordings, ""}
+        captions = {*map(work.text, range(len(work.targets))), ""}
         return captions.__contains__
     keys = {work.table.keys.text(image) for image in range(work.table.num_images)}
     folders = {key.partition("/")[0] for key in keys}
@@ -229,11 +229,6 @@ class Survey:
         encoder = self.models.text_encoder or ""
         options = TextCacheOptions(encoder, 0, self.max_token_length, self.weighted, to_disk=True, place=place)
         return TextPass(self.table, options)
-
-    def caption_ids(self, captions: Sequence[str]) -> np.ndarray:
-        """The ids of captions in the packed cache (uint64)."""
-        form = {"max_token_length": self.max_token_length}
-        return np.array([caption_id(text, weighted=self.weighted, **form) for text in captions], dtype=np.uint64)
 
 
 def counts(part: Part) -> Counter[str]:

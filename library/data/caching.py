@@ -8,12 +8,12 @@ are exchanged in the same way, so every rank ends with all of them.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 FILE_CHECKERS = 8
 """Threads that look at existing cache files."""
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for one that has more to encode; the usual half hour is too short for a large cache."""
 
 LISTED = 5
 """How many failures the log names."""
@@ -143,7 +146,7 @@ def exchange(mine: T) -> list[T]:
         return [mine]
     everything: list[Any] = [None] * torch.distributed.get_world_size()
     # Objects go through the host: NCCL would need room for all of them on every GPU.
-    group = torch.distributed.new_group(backend="gloo") if torch.distributed.get_backend() == "nccl" else None
+    group = _host_group(torch.distributed.group.WORLD) if torch.distributed.get_backend() == "nccl" else None
     torch.distributed.all_gather_object(everything, mine, group=group)
     return everything
 
@@ -151,6 +154,12 @@ def exchange(mine: T) -> list[T]:
 def agreed(mine: T) -> T:
     """What the first rank brought."""
     return exchange(mine)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: object) -> torch.distributed.ProcessGroup:
+    """One group of all ranks for the lifetime of their `world`: each one holds sockets and threads."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def chunked(items: Sequence[T], size: int) -> list[Sequence[T]]:

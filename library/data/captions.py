@@ -3,6 +3,9 @@
 Order and meaning follow sd-scripts (spec dataset_config.md §8), with one difference: prefix and suffix are put on the
 line that was chosen, not on the first and last line of the file. Every draw comes from the sample's own
 `random.Random`, and the token warm-up looks at the step that the sample is used in.
+
+A text cache may keep several wordings of a caption, its variants. Their draws come from the record's key and the
+variant's number alone, so that what lies on a disk fits every seed and every epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from library.config.dataset_file import SubsetSpec
+from library.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,8 @@ def unify_separators(caption: str, context: CaptionContext) -> str:
 
 TAG_STEPS: tuple[TagStep, ...] = (warm_up_tags, shuffle_tags, drop_tags)
 FIXED_STEPS: tuple[Step, ...] = (choose_line, add_affixes, unify_separators)
-STEPS: tuple[Step, ...] = (drop_caption, choose_line, add_affixes, expand_wildcards, edit_tags, unify_separators)
+VARIANT_STEPS: tuple[Step, ...] = (choose_line, add_affixes, expand_wildcards, edit_tags, unify_separators)
+STEPS: tuple[Step, ...] = (drop_caption, *VARIANT_STEPS)
 
 
 def has_tag_edits(subset: SubsetSpec) -> bool:
@@ -208,6 +213,24 @@ def fixed_wording(subset: SubsetSpec) -> Callable[[str], str]:
     """`fixed_caption` for many captions of one subset."""
     context = CaptionContext(subset, _UNUSED, epoch=1)
     return lambda caption: _run(FIXED_STEPS, caption, context)
+
+
+def caption_variant(caption: str, subset: SubsetSpec, *, key: str, number: int) -> str:
+    """Variant `number` (from 0) of the caption of the record `key`: every step but the dropout of whole captions.
+
+    A subset with one wording has one variant. The subset must have no token warm-up, which would make wordings
+    depend on the step.
+    """
+    if has_one_wording(subset):
+        return fixed_caption(caption, subset)
+    assert not subset.token_warmup_step, "a cached caption knows no step"
+    rng = random.Random(derive_seed("text variant", key, number))
+    return _run(VARIANT_STEPS, caption, CaptionContext(subset, rng, epoch=1))
+
+
+def is_dropped(subset: SubsetSpec, *, rng: random.Random, epoch: int) -> bool:
+    """Whether the whole caption is dropped on one visit; `process_caption` draws this first, too."""
+    return drop_caption("", CaptionContext(subset, rng, epoch)) is None
 
 
 def whole_captions(caption: str, subset: SubsetSpec) -> list[str]:

@@ -6,7 +6,6 @@ which worker builds it or on what was built before.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,17 +15,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
-from library.data.captions import process_caption
-from library.data.pixels import cut_control, cut_mask, load_sample
+from library.data.pixels import cut_control, cut_mask, to_pixels
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
+from library.data.sample_draws import Visit, draw_sample
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
-from library.data.transforms import crop_info, read_control, read_pictures
+from library.data.transforms import apply_crop, crop_info, read_control, read_pictures
 from library.data.types import Awaited, Batch, SampleKey
 from library.diffusion.conditioning import TextCond
 from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
 from library.diffusion.masks import CELL, mask_cells
-from library.seeds import derive_seed
 from library.sizes import Size
 
 
@@ -96,44 +94,34 @@ class BatchBuilder(Dataset):
     def load(self, row: Row, *, epoch: int, step: int) -> Sample:
         """One sample, with all its draws for this visit."""
         image = self.table[row.image]
-        record, subset = image.record, image.record.subset
-        caption = process_caption(
-            record.caption,
-            subset,
-            rng=self._rng("caption", epoch=epoch, image=image, row=row),
-            epoch=epoch + 1,
-            step=step,
+        member = self._image_of(row)
+        caption, crop, variant = draw_sample(
+            image,
+            Visit(epoch, row.repeat, step),
+            seed=self.seed,
             total_steps=self.total_steps,
+            is_cached=self.latents is not None,
+            num_variants=1 if self.text is None else self.text.num_variants(member),
         )
-        flip = subset.flip_aug and self._rng("flip", epoch=epoch, image=image, row=row).random() < 0.5
-        crop_rng = self._rng("crop", epoch=epoch, image=image, row=row) if subset.random_crop else None
-        sample = self._picture(image, row, flip=flip, crop_rng=crop_rng)
-        text = None if self.text is None else self.text.get(self._image_of(row), empty=caption == "")
+        sample = self._picture(image, row, crop=crop)
+        text = None if self.text is None else self.text.get(member, variant=variant, empty=caption == "")
         return replace(sample, caption=caption, text=text)
 
-    def _picture(self, image: PlacedImage, row: Row, *, flip: bool, crop_rng: random.Random | None) -> Sample:
+    def _picture(self, image: PlacedImage, row: Row, *, crop: CropInfo) -> Sample:
         """What a sample shows, without its text; from the cache when there is one."""
         record, filter_name = image.record, image.record.subset.resize_interpolation
         key = SampleKey(record.key, row.repeat)
         if self.latents is not None and not self.latents.awaits(row.image):
-            crop = crop_info(record.size, image.placement, flipped=flip)
             sample = self._cached(key, crop, row, weight=record.weight)
             control_HW3 = read_control(record)
         else:
             image_HW3, mask_HW, control_HW3 = read_pictures(record, image.placement)
-            pixels, crop = load_sample(
-                image_HW3,
-                image.placement,
-                original=record.size,
-                flip=flip,
-                crop_rng=crop_rng,
-                interpolation=filter_name,
-            )
+            pixels = to_pixels(apply_crop(image_HW3, crop, interpolation=filter_name))
             mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]
             awaits = None
             if self.latents is not None:
-                awaits = Awaited(row.image, flip)
-                pixels = pixels.flip(-1) if flip else pixels
+                awaits = Awaited(row.image, crop.flipped)
+                pixels = pixels.flip(-1) if crop.flipped else pixels
             sample = Sample(key, "", crop, record.weight, pixels_3HW=pixels, mask_1hw=mask, awaits=awaits)
         if control_HW3 is None:
             return sample
@@ -149,9 +137,6 @@ class BatchBuilder(Dataset):
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])
-
-    def _rng(self, purpose: str, *, epoch: int, image: PlacedImage, row: Row) -> random.Random:
-        return random.Random(derive_seed(self.seed, purpose, epoch, image.record.key, row.repeat))
 
     def _filler(self, work: Work) -> Sample:
         """A blank row of the right shape, for a rank none of whose own rows can be had. It carries no weight."""

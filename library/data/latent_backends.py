@@ -101,9 +101,7 @@ class NpzEntries:
 
     in_memory = False
 
-    def __init__(
-        self, paths: EntryPaths, numbers: np.ndarray, *, has_mask: np.ndarray, moments: bool = False
-    ) -> None:
+    def __init__(self, paths: EntryPaths, numbers: np.ndarray, *, has_mask: np.ndarray, moments: bool = False) -> None:
         self._paths = paths
         self._has_mask, self._moments = has_mask, moments
         self._is_there = np.zeros(len(paths), dtype=bool)

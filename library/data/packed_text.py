@@ -18,8 +18,8 @@ import torch
 from library.data.cache_places import require_writable
 from library.data.caching import agreed
 from library.data.packed_entries import as_tensor, narrowed
-from library.data.table import text_id
 from library.data.text_backends import TextCacheOptions
+from library.data.text_targets import caption_id
 from library.diffusion.conditioning import TextCond
 from library.errors import UserError
 from library.io.latent_cache import CacheCheck
@@ -36,11 +36,6 @@ HIDDEN, POOLED = "hidden", "pool2"
 
 Side by side, because then a row of a batch is one copy out of the mapped file.
 """
-
-
-def caption_id(caption: str, *, max_token_length: int, weighted: bool) -> int:
-    """64 bits that stand for an encoded caption, whichever encoders made it."""
-    return text_id(f"{caption}\0{max_token_length}\0{int(weighted)}")
 
 
 class Recipe(NamedTuple):
@@ -135,9 +130,9 @@ class PackedText:
         if numbers:
             require_writable([self._folder])
 
-    def put(self, number: int, row: TextCond) -> None:
+    def put(self, number: int, rows: TextCond) -> None:
         """Append it to this process's shard."""
-        self._writer.append(int(self.ids[number]), arrays_of(row), key=self._text_of(number))
+        self._writer.append(int(self.ids[number]), arrays_of(rows), key=self._text_of(number))
 
     def share(self) -> None:
         """Flush what was put; the others find the shards by themselves."""

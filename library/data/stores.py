@@ -104,23 +104,49 @@ class LatentStore:
         return self._entries.in_memory and not self.is_filling
 
 
-class TextStore:
-    """Encoded captions by number of the image, one row each, and that of the empty caption for caption dropout."""
+class TextEntries(Protocol):
+    """Encoded captions by number, each with one wording or several; can be pickled. Errors as for Entries."""
 
-    def __init__(self, targets: Targets, entries: Entries[TextCond], *, empty: TextCond) -> None:
-        self._targets, self._entries = targets, entries
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading needs no file."""
+
+    def read(self, number: int, variant: int) -> TextCond:
+        """One wording of an entry; entries of one wording ignore `variant`."""
+
+    def has(self, numbers: np.ndarray) -> np.ndarray:
+        """For every number, bool, whether there is such an entry."""
+
+
+class TextStore:
+    """Encoded captions by number of the image, one row each, and that of the empty caption for caption dropout.
+
+    Variant `v` of the caption of an image lies in entry `number_of[starts[image] + v]`; both are int64.
+    """
+
+    def __init__(self, starts: np.ndarray, number_of: np.ndarray, entries: TextEntries, *, empty: TextCond) -> None:
+        self._starts, self._number_of, self._entries = starts, number_of, entries
         self.empty = empty
 
-    def get(self, image: int, *, empty: bool = False) -> TextCond:
+    def get(self, image: int, *, variant: int = 0, empty: bool = False) -> TextCond:
         """The row of an image, or that of the empty caption: float32, or float16 from a packed cache.
 
         Raises UserError when a file cannot be read.
         """
-        return self.empty if empty else self._entries.read(int(self._targets.number_of[image]))
+        if empty:
+            return self.empty
+        assert variant < self.num_variants(image)
+        return self._entries.read(int(self._number_of[self._starts[image] + variant]), variant)
+
+    def num_variants(self, image: int) -> int:
+        """How many wordings there are of the caption of an image; 0 for one that is not used."""
+        return int(self._starts[image + 1] - self._starts[image])
 
     def has(self, images: np.ndarray) -> np.ndarray:
-        """For every image, bool, whether its caption is there."""
-        return _has(self._targets, self._entries, images)
+        """For every image, bool, whether all wordings of its caption are there."""
+        missing_before = np.concatenate([[0], np.cumsum(~self._entries.has(self._number_of))])
+        starts, ends = self._starts[images], self._starts[images + 1]
+        return (ends > starts) & (missing_before[ends] == missing_before[starts])
 
     @property
     def in_memory(self) -> bool:

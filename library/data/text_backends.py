@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from library.data.cache_index import CacheIndex
 from library.data.cache_places import BESIDE_THE_IMAGES, CachePlace, require_writable
-from library.data.caching import entry_paths, inspect_all, usable
-from library.data.stores import Entries, text_row
+from library.data.entry_places import EntryPaths, EntryPlaces, Seen
+from library.data.stores import TextEntries, text_row
+from library.data.table import text_id
+from library.data.text_targets import TextTargets
 from library.diffusion.conditioning import TextCond
 from library.io import fingerprint, text_cache
 from library.io.latent_cache import CacheCheck
@@ -24,7 +26,7 @@ class TextCacheOptions:
     """How to cache: `batch_size` captions per call; `width_1` is the first encoder's share of the text width.
 
     The rest says what an entry depends on besides its caption; `skip_check` trusts old files; `place` is where entries
-    on disk lie.
+    on disk lie. `num_variants` wordings are kept of captions that have more than one.
     """
 
     text_encoder_id: str
@@ -35,6 +37,7 @@ class TextCacheOptions:
     batch_size: int = 8
     skip_check: bool = False
     place: CachePlace = BESIDE_THE_IMAGES
+    num_variants: int = 1
 
 
 class TextBackend(Protocol):
@@ -49,18 +52,18 @@ class TextBackend(Protocol):
     def prepare(self, numbers: Sequence[int]) -> None:
         """Called before entries are made, with their numbers; raises UserError when they could not be kept."""
 
-    def put(self, number: int, row: TextCond) -> None:
-        """Keep an entry, a batch of 1 on the CPU."""
+    def put(self, number: int, rows: TextCond) -> None:
+        """Keep an entry: a batch on the CPU of its distinct wordings, in the order in which they first come."""
 
     def share(self) -> Any:
         """What other ranks have to know to read what this rank has put; can be pickled."""
 
-    def entries(self, shared: Sequence[Any], *, right: Sequence[int], rank: int) -> Entries[TextCond]:
+    def entries(self, shared: Sequence[Any], *, right: Sequence[int], rank: int) -> TextEntries:
         """All entries, given what every rank shares and the numbers of those known to be right now."""
 
 
 class MemoryText:
-    """Keeps entries as they are, in float32."""
+    """Keeps entries of one wording as they are, in float32."""
 
     in_memory = True
 
@@ -79,9 +82,10 @@ class MemoryText:
     def prepare(self, numbers: Sequence[int]) -> None:
         """There is nothing to prepare."""
 
-    def put(self, number: int, row: TextCond) -> None:
+    def put(self, number: int, rows: TextCond) -> None:
         """Keep an entry."""
-        self._entries[number] = TextCond(row.hidden_BTD.float().clone(), row.pooled_BP.float().clone())
+        assert len(rows) == 1
+        self._entries[number] = TextCond(rows.hidden_BTD.float().clone(), rows.pooled_BP.float().clone())
 
     def share(self) -> Mapping[int, TextCond]:
         """The entries themselves."""
@@ -93,7 +97,7 @@ class MemoryText:
             self._entries |= part
         return self
 
-    def read(self, number: int) -> TextCond:
+    def read(self, number: int, variant: int) -> TextCond:
         """One entry."""
         return self._entries[number]
 
@@ -107,14 +111,14 @@ class NpzTextEntries:
 
     in_memory = False
 
-    def __init__(self, paths: Sequence[Path], numbers: Sequence[int]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: EntryPaths, numbers: np.ndarray) -> None:
+        self._paths = paths
         self._is_there = np.zeros(len(paths), dtype=bool)
-        self._is_there[list(numbers)] = True
+        self._is_there[numbers] = True
 
-    def read(self, number: int) -> TextCond:
-        """One entry."""
-        return text_row(text_cache.read(self._paths[number]))
+    def read(self, number: int, variant: int) -> TextCond:
+        """One wording of an entry."""
+        return text_row(text_cache.read(self._paths[number], variant))
 
     def has(self, numbers: np.ndarray) -> np.ndarray:
         """Which of them are known to be right."""
@@ -122,83 +126,105 @@ class NpzTextEntries:
 
 
 class NpzText:
-    """Keeps every entry in a file of sd-scripts' format. `captions` are those that are encoded, one per entry."""
+    """Keeps every entry, all wordings of a caption, in a file of sd-scripts' format."""
 
-    def __init__(self, image_paths: Sequence[str], captions: Sequence[str], options: TextCacheOptions) -> None:
-        self._captions, self._options = captions, options
-        standard = list(map(text_cache.text_cache_path, image_paths))
-        self._paths = self._beside = entry_paths(standard, captions)
-        if options.place.folder is not None:
-            self._paths = entry_paths(list(map(options.place.npz_path, standard)), captions)
-        self._index = CacheIndex()
-        self._unindexed: set[int] = set()
-        self._is_beside: dict[int, bool] = {}
+    def __init__(self, targets: TextTargets, options: TextCacheOptions) -> None:
+        self._targets, self._options = targets, options
+        table, images = targets.wordings.table, targets.images
+        assert targets.list_ids is not None, "a file holds all wordings of a caption"
+        recipe = f"{options.text_encoder_id}\0{options.max_token_length}\0{options.weighted}"
+        self._files = EntryPlaces(
+            "text",
+            options.place.npz_folders(table.folders),
+            folder_of=table.folder_of[images],
+            made_from=(
+                table.name_ids[images],
+                targets.list_ids,
+                np.full(len(images), text_id(recipe), dtype=np.uint64),
+            ),
+        )
 
     def look(self, *, rank: int, world: int) -> list[CacheCheck]:
-        """Ask the folders' indexes first, and open the files that they do not know."""
-        self._index.load({path.parent for path in (*self._paths, *self._beside)})
-        checks = inspect_all(len(self._paths), self._inspect, rank=rank, world=world, title="checking captions")
-        self._unindexed = {number for number, check in enumerate(checks) if check.status == "foreign"}
-        if self._beside is not self._paths:
-            self._use_files_beside(checks)
-        return checks
+        """Ask the folders' indexes first; look for the files that they do not know, and open them."""
+        rest = self._files.confirm(rank=rank)
+        paths = self._targets.wordings.table.paths
+        beside = [text_cache.text_cache_path(paths.text(self._targets.image(number))) for number in rest.tolist()]
+        place = self._options.place
+        return self._files.find(
+            list(map(place.npz_path, beside)),
+            self._own_path,
+            self._inspect,
+            beside=None if place.folder is None else beside,
+            rank=rank,
+            world=world,
+            title="checking captions",
+        )
 
     def place(self, number: int) -> str:
         """Its file."""
-        return str(self._paths[number])
+        return self._files.paths[number]
 
     def prepare(self, numbers: Sequence[int]) -> None:
         """Find out whether the folders can be written to."""
-        require_writable({self._paths[number].parent for number in numbers})
+        require_writable({Path(self._files.paths[number]).parent for number in numbers})
 
-    def put(self, number: int, row: TextCond) -> None:
+    def put(self, number: int, rows: TextCond) -> None:
         """Write its file."""
-        hidden, width = row.hidden_BTD[0], self._options.width_1
-        entry = TextEntry(hidden[:, :width], hidden[:, width:], row.pooled_BP[0])
-        text_cache.write(self._paths[number], entry, self._fingerprint(number))
+        width = self._options.width_1
+        first, *others = (
+            TextEntry(hidden[:, :width], hidden[:, width:], pooled)
+            for hidden, pooled in zip(rows.hidden_BTD, rows.pooled_BP, strict=True)
+        )
+        ids = self._targets.ids(number)
+        row_of = {caption: row for row, caption in enumerate(dict.fromkeys(ids))}
+        variant_index = [row_of[caption] for caption in ids] if len(ids) > 1 else []
+        path, made_from = self._files.paths[number], self._fingerprint(number)
+        text_cache.write(path, first, made_from, others=others, variant_index=variant_index)
+        self._files.see(number)
 
-    def share(self) -> None:
-        """The others find the files by themselves."""
+    def share(self) -> Seen:
+        """The files' sizes and times, for the indexes."""
+        return self._files.seen()
 
-    def entries(self, shared: Sequence[None], *, right: Sequence[int], rank: int) -> NpzTextEntries:
+    def entries(self, shared: Sequence[Seen], *, right: Sequence[int], rank: int) -> NpzTextEntries:
         """The files; the first rank notes in the folders' indexes which are right."""
+        numbers = np.asarray(right, dtype=np.int64)
         if rank == 0 and not self._options.skip_check:
-            for number in set(right) - self._unindexed:
-                self._index.add(self._paths[number], self._fingerprint(number))
-            self._index.save()
-        return NpzTextEntries(self._paths, right)
+            self._files.note(shared, numbers)
+        return NpzTextEntries(self._files.paths, numbers)
 
-    def _inspect(self, number: int) -> CacheCheck:
-        check = self._inspect_file(number, self._paths[number])
-        if usable(check) or self._beside is self._paths:
-            self._is_beside[number] = False
-            return check
-        found = self._inspect_file(number, self._beside[number])
-        self._is_beside[number] = usable(found)
-        return found if usable(found) else check
+    def _own_path(self, number: int, standard: Path) -> Path:
+        digest = hashlib.blake2b(repr(self._targets.texts(number)).encode(), digest_size=4).hexdigest()
+        return standard.with_name(f"{standard.stem}_{digest}{standard.suffix}")
 
-    def _use_files_beside(self, checks: Sequence[CacheCheck]) -> None:
-        """Take what was found beside the images from there; what other ranks looked at is asked for once more."""
-        for number in [number for number, check in enumerate(checks) if usable(check)]:
-            is_beside = self._is_beside.get(number)
-            if is_beside is None:
-                is_beside = not usable(self._inspect_file(number, self._paths[number]))
-            if is_beside:
-                self._paths[number] = self._beside[number]
-                self._unindexed.add(number)
-
-    def _inspect_file(self, number: int, path: Path) -> CacheCheck:
+    def _inspect(self, number: int, path: str) -> CacheCheck:
+        count = len(self._targets.ids(number))
         if self._options.skip_check:
-            return CacheCheck("valid" if path.exists() else "missing")
+            return _trusted(Path(path), count)
         expected = self._fingerprint(number)
-        if self._index.confirms(path, expected):
-            return CacheCheck("valid")
-        return text_cache.inspect(path, expected, num_tokens=self._options.max_token_length + 2)
+        return text_cache.inspect(path, expected, num_tokens=self._options.max_token_length + 2, variants=count)
 
     def _fingerprint(self, number: int) -> str:
+        options, ids = self._options, self._targets.ids(number)
+        if len(ids) > 1:
+            return fingerprint.variants_fingerprint(
+                caption_ids=ids,
+                text_encoder_id=options.text_encoder_id,
+                max_token_length=options.max_token_length,
+                weighted=options.weighted,
+            )
         return fingerprint.text_fingerprint(
-            caption=self._captions[number],
-            text_encoder_id=self._options.text_encoder_id,
-            max_token_length=self._options.max_token_length,
-            weighted=self._options.weighted,
+            caption=self._targets.texts(number)[0],
+            text_encoder_id=options.text_encoder_id,
+            max_token_length=options.max_token_length,
+            weighted=options.weighted,
         )
+
+
+def _trusted(path: Path, num_variants: int) -> CacheCheck:
+    """Whether a file that is trusted is there; one that has to hold several wordings is asked for their number."""
+    if not path.exists():
+        return CacheCheck("missing")
+    if num_variants > 1 and text_cache.num_variants(path) < num_variants:
+        return CacheCheck("stale", ("number of caption variants changed",))
+    return CacheCheck("valid")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from library.data.captions import whole_captions
 from library.data.progress import progress_bar
@@ -44,29 +45,38 @@ class TokenSummary:
 
 
 def count_tokens(table: ImageTable, count: CountTokens, *, limit: int) -> TokenSummary:
-    """Measure the longest wording of every image's caption; equal captions are tokenised once.
+    """Measure the longest wording of the caption of every image that is used.
 
     An image with a caption of several lines counts as cut when one of the lines that may be chosen is.
     """
-    wholes: dict[tuple[str, int], list[str]] = {}
-    uses: Counter[tuple[str, int]] = Counter()
-    images = table.images.tolist()
-    for image in images:
-        key = (table.captions.text(image), int(table.subset_of[image]))
-        uses[key] += 1
-        if key not in wholes:
-            wholes[key] = whole_captions(key[0], table.subset(image))
-    texts = sorted({text for lines in wholes.values() for text in lines})
-    lengths: dict[str, int] = {}
-    with progress_bar(len(texts), title="counting tokens", unit="caption", delay=2.0) as bar:
-        for start in range(0, len(texts), CAPTIONS_AT_ONCE):
-            chunk = texts[start : start + CAPTIONS_AT_ONCE]
-            lengths.update(zip(chunk, count(chunk), strict=True))
-            bar.update(len(chunk))
-    longest = {key: max(lengths[line] for line in lines) for key, lines in wholes.items()}
+    lengths = token_lengths(table, count)
     return TokenSummary(
-        captions=len(images),
-        cut=sum(uses[key] for key, length in longest.items() if length > limit),
-        longest=max(longest.values(), default=0),
+        captions=len(lengths),
+        cut=int((lengths > limit).sum()),
+        longest=int(lengths.max(initial=0)),
         limit=limit,
     )
+
+
+def token_lengths(table: ImageTable, count: CountTokens) -> np.ndarray:
+    """The tokens of the longest wording for each of `table.images`, int64; equal captions are tokenised once."""
+    wholes: dict[tuple[str, int], list[str]] = {}
+    keys = [(table.captions.text(image), int(table.subset_of[image])) for image in table.images.tolist()]
+    for image, key in zip(table.images.tolist(), keys, strict=True):
+        if key not in wholes:
+            wholes[key] = whole_captions(key[0], table.subset(image))
+    lengths = count_texts({text for lines in wholes.values() for text in lines}, count)
+    longest = {key: max(lengths[line] for line in lines) for key, lines in wholes.items()}
+    return np.array([longest[key] for key in keys], dtype=np.int64)
+
+
+def count_texts(texts: Collection[str], count: CountTokens) -> dict[str, int]:
+    """The length of each text in tokens."""
+    distinct = sorted(set(texts))
+    lengths: dict[str, int] = {}
+    with progress_bar(len(distinct), title="counting tokens", unit="caption", delay=2.0) as bar:
+        for start in range(0, len(distinct), CAPTIONS_AT_ONCE):
+            chunk = distinct[start : start + CAPTIONS_AT_ONCE]
+            lengths.update(zip(chunk, count(chunk), strict=True))
+            bar.update(len(chunk))
+    return lengths

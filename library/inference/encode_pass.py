@@ -125,6 +125,7 @@ def cache_text_pass(
         batch_size=cfg.data.text_encoder_batch_size,
         skip_check=cfg.data.skip_cache_check,
         place=cache_place(cfg),
+        num_variants=cfg.data.text_cache_variants,
     )
     return build_text(
         data.all_images, text_encoder(bundle, options, device=device), options=options, rank=rank, world=world

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from library.sizes import Size
@@ -27,6 +28,7 @@ _NAMES = {
     "vae": "VAE",
     "decode": "JPEG decoding",
     "caption": "caption",
+    "captions": "caption",
     "text_encoder": "text encoder",
     "max_token_length": "max token length",
     "weighted": "weighted captions",
@@ -99,6 +101,25 @@ def text_fingerprint(
     )
 
 
+def variants_fingerprint(
+    *,
+    caption_ids: Sequence[int],
+    text_encoder_id: str,
+    max_token_length: int,
+    weighted: bool,
+    version: int = TEXT_VERSION,
+) -> str:
+    """Describe several wordings of a caption, encoded: their ids of 64 bits in order, which stand for text and length,
+    and the encoders. A text that holds more wordings and begins with these describes these, too."""
+    return _dump(
+        version=version,
+        captions="".join(f"{number:016x}" for number in caption_ids),
+        text_encoder=text_encoder_id,
+        max_token_length=max_token_length,
+        weighted=weighted,
+    )
+
+
 def changes(
     stored: str,
     expected: str,
@@ -121,9 +142,27 @@ def changes(
             both = key in differing and key in old
             if both and _same_image(ImageStamp(*old[key]), ImageStamp(*new[key]), path):
                 differing.remove(key)
+        if "captions" in differing:
+            return _wording_changes(old, new, [key for key in differing if key not in ("caption", "captions")])
     except (ValueError, TypeError, AttributeError, KeyError):
         return ("fingerprint unreadable",)
+    return _sentences(differing)
+
+
+def _sentences(differing: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{_NAMES.get(key, key)} changed" for key in differing)
+
+
+def _wording_changes(old: Mapping[str, str], new: Mapping[str, str], others: Sequence[str]) -> tuple[str, ...]:
+    """What differs when the ids of the wordings do; they also depend on the way of encoding."""
+    if {"max_token_length", "weighted"} & set(others):
+        return _sentences(others)
+    before, after = old.get("captions", ""), new.get("captions", "")
+    if after and before.startswith(after):
+        return _sentences(others)
+    if not before or not after or after.startswith(before):
+        return ("number of caption variants changed", *_sentences(others))
+    return _sentences(["captions", *others])
 
 
 def _same_image(old: ImageStamp, new: ImageStamp, path: str | os.PathLike[str] | None) -> bool:

@@ -117,6 +117,39 @@ def _shown(width: int, height: int, orientation: int) -> Size:
     return Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
 
 
+class Reduced(NamedTuple):
+    """A picture made small for looking at: `rgb` uint8 (h, w, 3), `size` of the whole picture, `alpha` uint8 (h, w).
+
+    `alpha` is None when the picture has no transparency.
+    """
+
+    rgb: np.ndarray
+    size: Size
+    alpha: np.ndarray | None
+
+
+def read_reduced(path: str | os.PathLike[str], *, edge: int) -> Reduced:
+    """Read a picture as `read_image` does, its longer side scaled down to `edge` pixels; never enlarged.
+
+    A JPEG is decoded at the smallest scale that is enough. Raises ImageError as `read_image` does.
+    """
+    with _opened(path) as (image, file):
+        orientation = _orientation(image, file)
+        whole = Size(*image.size)
+        scale = min(1.0, edge / max(whole))
+        small = (max(1, round(whole.w * scale)), max(1, round(whole.h * scale)))
+        image.draft(None, small)
+        alpha = _alpha(image) if image.has_transparency_data else None
+        size = Size(whole.h, whole.w) if orientation in _SIDEWAYS else whole
+        rgb = _scaled(_to_rgb(image), small, orientation)
+        return Reduced(rgb, size, None if alpha is None else _scaled(alpha, small, orientation))
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], orientation: int) -> np.ndarray:
+    image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.array(image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image)
+
+
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Image.Image, BinaryIO]]:
     path = Path(path)

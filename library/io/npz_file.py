@@ -41,6 +41,18 @@ def read_arrays(path: str | os.PathLike[str], keys: Collection[str] | None = Non
         return {key: archive[key] for key in archive.files if keys is None or key in keys}
 
 
+def keys_of(path: str | os.PathLike[str]) -> frozenset[str]:
+    """The names of the arrays in an archive; none when there is no file, or a damaged one."""
+    if not os.path.exists(path):
+        return frozenset()
+    try:
+        with _readable(), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except BrokenArchive:
+        return frozenset()
+    return frozenset(name.removesuffix(_ENDING) for name in names if name.endswith(_ENDING))
+
+
 class Contents(NamedTuple):
     """What is in an archive: shape and CRC-32 of the stored bytes of every array, and the small arrays asked for."""
 
@@ -120,9 +132,8 @@ def _add(archive: zipfile.ZipFile, key: str, array: np.ndarray) -> None:
 
 
 def _others(path: Path, taken: Collection[str | None]) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
+    kept = keys_of(path) - set(taken)
     try:
-        return {key: array for key, array in read_arrays(path).items() if key not in taken}
+        return read_arrays(path, kept) if kept else {}
     except BrokenArchive:
         return {}

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, built from the bundled merges: no network, no downloads.
+"""CLIP's tokenizer, built from the bundled merges: no network, no downloads, no torch.
 
 Both text encoders use the same vocabulary and differ in the padding only: encoder 1 is padded with the end token,
 encoder 2 with id 0, which is also the piece "!". Padding is therefore done here by hand; a tokenizer whose pad token
@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
 
 from library.models.configs import BOS_ID, EOS_ID, PAD_ID_1, PAD_ID_2
 
@@ -21,6 +22,7 @@ WINDOW = CHUNK + 2
 _MERGES_FILE = Path(__file__).parent / "tokenizer_data" / "bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 49152 - 256 - 2  # CLIP uses the first part of the file only
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
@@ -30,8 +32,7 @@ class ClipTokenizer:
     pad_id_1, pad_id_2 = PAD_ID_1, PAD_ID_2
 
     def __init__(self) -> None:
-        vocabulary, merges = _vocabulary()
-        self._engine = CLIPTokenizer(vocab=vocabulary, merges=list(merges))
+        self._engine = _engine()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one caption, of any length."""
@@ -39,9 +40,7 @@ class ClipTokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several captions, of any length."""
-        if not texts:
-            return []
-        return self._engine(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [found.ids for found in self._engine.encode_batch(list(texts), add_special_tokens=False)]
 
     def __reduce__(self) -> tuple[Any, ...]:  # rebuilding is quicker than shipping 49,408 words to each worker
         return (load_tokenizer, ())
@@ -100,6 +99,24 @@ def _vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     vocabulary = {word: index for index, word in enumerate(words)}
     assert len(vocabulary) == EOS_ID + 1, len(vocabulary)
     return vocabulary, tuple(merges)
+
+
+def _engine() -> Tokenizer:
+    """The steps of transformers' CLIPTokenizer, which cannot be imported without torch."""
+    vocabulary, merges = _vocabulary()
+    model = BPE(vocabulary, list(merges), end_of_word_suffix="</w>", unk_token=_END)
+    engine = Tokenizer(model)
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    engine.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (_BEGIN, _END)])
+    return engine
 
 
 def _byte_letters() -> list[str]:

@@ -46,7 +46,8 @@ def test_help_comes_without_heavy_imports(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in tree.entry_points() if name.startswith(("sdxl_", "prepare_", "tools/cache_"))]
+    "name",
+    [name for name in tree.entry_points() if name.startswith(("sdxl_", "prepare_", "tools/cache_", "tools/dataset_"))],
 )
 def test_an_unknown_option_is_refused_without_heavy_imports(name):
     files = ["folder", "in.json", "out.json", "tiny"] if name.startswith("prepare_") else []

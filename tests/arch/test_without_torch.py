@@ -18,7 +18,11 @@ TORCH_FREE = [
     "library.data.table",
     "library.data.transforms",
     "library.data.validation",
+    "library.data.inspection",
+    "library.data.report_page",
     "library.diffusion.crops",
+    "library.inference.dataset_report",
+    "library.models.token_ids",
 ]
 
 

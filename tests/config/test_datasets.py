@@ -280,6 +280,30 @@ def test_bucket_limits_have_ranges_as_options_and_as_keys(problems_of, folder, c
     assert _problems(text, folder)[0][:2] == (what, "./data.toml line 3")
 
 
+@pytest.mark.parametrize("name", ["shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard"])
+def test_several_cached_wordings_let_a_caption_vary(problems_of, name):
+    changes = {"cache_text_encoder_outputs": True, "network_train_unet_only": True, name: True}
+    changes |= {"caption_tag_dropout_rate": 0.5} if name == "caption_tag_dropout_rate" else {}
+    (problem,) = problems_of(**changes)
+    assert "set text_cache_variants" in problem.fix
+    assert problems_of(**changes, text_cache_variants=4) == ()
+
+
+def test_a_token_warm_up_cannot_be_cached_in_any_number_of_wordings(problems_of):
+    changes = {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "token_warmup_step": 10}
+    (problem,) = problems_of(**changes, text_cache_variants=4, shuffle_caption=True)
+    assert "token_warmup_step cannot act in" in problem.what and "text_cache_variants" not in problem.fix
+
+
+def test_the_notice_about_idle_variants_looks_at_every_subset(folder):
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n[[datasets.subsets]]\nimage_dir='b'\n"
+    settings = {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "text_cache_variants": 3}
+    assert [
+        "text_cache_variants has no effect" in notice for notice in _specs(text, folder, **settings)[1].notices
+    ] == [True]
+    assert _specs(text + "shuffle_caption=true\n", folder, **settings)[1].notices == []
+
+
 def test_resolution_may_reach_the_bucket_limits(problems_of):
     assert problems_of(enable_bucket=True, resolution="1024,256") == ()
 

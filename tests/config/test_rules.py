@@ -14,6 +14,11 @@ TRAINER_CASES = [
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs": True}, "needs network_train_unet_only"),
     ("cached_text_is_not_trained", {"cache_text_encoder_outputs_to_disk": True}, "needs network_train_unet_only"),
     ("caches_are_on_disk", {"cache_store": "packed"}, "cache_store cannot act: nothing is cached on disk"),
+    (
+        "variants_are_cached",
+        {"text_cache_variants": 4, "shuffle_caption": True},
+        "acts with cache_text_encoder_outputs",
+    ),
     ("timesteps_are_left", {"min_timestep": 500, "max_timestep": 500}, "no timestep is left"),
     (
         "metadata_has_no_regularisation",
@@ -160,6 +165,10 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
         ({"sdpa": True, "xformers": True}, "sdpa and xformers"),
         ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "persistent_data_loader_workers"),
         ({"tokenizer_cache_dir": "x"}, "tokenizer_cache_dir has no effect"),
+        (
+            {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "text_cache_variants": 2},
+            "text_cache_variants has no effect",
+        ),
     ],
 )
 def test_settings_that_do_nothing_are_told(complete, changes, start):

@@ -105,6 +105,16 @@ def test_captions_are_built_kept_and_rebuilt(config, capsys):
     assert run(TEXT, config, capsys, "--max_token_length", "150") == "built 7, reused 0, stale 7, failed 0"
 
 
+def test_several_wordings_of_a_caption_are_built_kept_and_rebuilt(config, capsys):
+    varied = ["--shuffle_caption", "--text_cache_variants", "3"]
+    assert tool(TEXT).main(["--config_file", str(config), "--shuffle_caption"]) == 2
+    assert "set text_cache_variants" in capsys.readouterr().err
+    assert run(TEXT, config, capsys, *varied) == "built 7, reused 0, stale 0, failed 0"
+    assert run(TEXT, config, capsys, *varied) == "built 0, reused 7, stale 0, failed 0"
+    assert run(TEXT, config, capsys, *varied, "--keep_tokens", "2") == "built 7, reused 0, stale 7, failed 0"
+    assert run("cache_latents", config, capsys, *varied) == "built 7, reused 0, stale 0, failed 0"
+
+
 def test_an_interrupted_tool_goes_on_where_it_stopped(config, capsys, monkeypatch):
     calls = []
     encode_image = sdxl.encode_image

@@ -284,7 +284,7 @@ def test_a_batch_moves_whole(folder):
     assert {t.device.type for t in (batch.pixels_B3HW, batch.sizes_B6, batch.weight_B, batch.tokens.ids_2_BnL)} == {
         "meta"
     }
-    text = TextStore(None, None, empty=fake_text_encoder([""])).get(0, empty=True)
+    text = TextStore(None, None, None, empty=fake_text_encoder([""])).get(0, empty=True)
     assert text.pooled_BP.tolist() == [[0.0, 0.0]]
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.data.dataset import build_train_data
-from library.models.text_encode import count_tokens
+from library.models.token_ids import count_tokens
 from library.models.tokenizers import load_tokenizer
 from tests.data.specs import dataset, subset, write_picture
 

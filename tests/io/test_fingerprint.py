@@ -100,3 +100,24 @@ def test_a_good_entry_is_recognised_without_reading_the_image(tmp_path: Path, mo
     stored = _pair(path)
     monkeypatch.setattr(fp, "content_hash", lambda path: pytest.fail("the image was read"))
     assert fp.changes(stored, _pair(path, hash_stored=False), image_path=path) == ()
+
+
+def _wordings(*ids: int, **changed: object) -> str:
+    parts = {"text_encoder_id": "t", "max_token_length": 75, "weighted": False}
+    return fp.variants_fingerprint(caption_ids=ids, **parts | changed)
+
+
+def test_wordings_are_described_by_a_longer_list_that_begins_with_them() -> None:
+    assert fp.changes(_wordings(1, 2, 3), _wordings(1, 2, 3)) == ()
+    assert fp.changes(_wordings(1, 2, 3), _wordings(1, 2)) == ()
+    assert fp.changes(_wordings(1, 2), _wordings(1, 2, 3)) == ("number of caption variants changed",)
+    assert fp.changes(_wordings(1, 2, 3), _wordings(1, 3)) == ("caption changed",)
+    assert fp.changes(_wordings(1, 2, 3), _wordings(1, 2, text_encoder_id="u")) == ("text encoder changed",)
+    # The ids follow the length and the weights, so those are the reason.
+    assert fp.changes(_wordings(1, 2), _wordings(5, 6, max_token_length=150)) == ("max token length changed",)
+
+
+def test_one_wording_and_several_are_different_things() -> None:
+    one = fp.text_fingerprint(caption="a", text_encoder_id="t", max_token_length=75, weighted=False)
+    for stored, expected in ((one, _wordings(1, 2)), (_wordings(1, 2), one)):
+        assert fp.changes(stored, expected) == ("number of caption variants changed",)

@@ -102,3 +102,73 @@ def test_incomplete_broken_and_missing_files_are_told_apart(path: Path) -> None:
     assert text_cache.check(path, _fingerprint()) == "broken"
     with pytest.raises(UserError, match="cannot be read"):
         text_cache.read(path)
+
+
+def _variants(path: Path, ids: tuple[int, ...] = (1, 2, 1, 3), **changed: object) -> str:
+    """Write a file of four wordings in three rows; its fingerprint."""
+    parts = {"text_encoder_id": "t", "max_token_length": 75, "weighted": False}
+    made_from = fp.variants_fingerprint(caption_ids=ids, **parts | changed)
+    rows = [TextEntry(*(getattr(_entry(), key) + row for key in KEYS)) for row in range(3)]
+    text_cache.write(path, rows[0], made_from, others=rows[1:], variant_index=[0, 1, 0, 2])
+    return made_from
+
+
+def test_wordings_are_read_one_by_one_and_the_first_by_sd_scripts(path: Path) -> None:
+    made_from = _variants(path)
+    assert text_cache.inspect(path, made_from, num_tokens=77, variants=4) == ("valid", ())
+    assert text_cache.num_variants(path) == 4
+    for variant, row in enumerate([0, 1, 0, 2]):
+        read = text_cache.read(path, variant)
+        assert all(torch.equal(getattr(read, key), getattr(_entry(), key) + row) for key in KEYS)
+    with np.load(path, allow_pickle=False) as archive:
+        assert np.array_equal(archive["pool2"], _entry().pool2.numpy())
+        assert archive["variant_index"].tolist() == [0, 1, 0, 2] and archive["variant_index"].dtype == np.int32
+        assert archive["hidden_state2_v2"].shape == (77, 1280)
+    with pytest.raises(UserError, match="holds 4 variants of its caption and not number 4"):
+        text_cache.read(path, 4)
+
+
+def test_reading_one_wording_looks_at_no_other(path: Path) -> None:
+    _variants(path)
+    raw = bytearray(path.read_bytes())
+    with np.load(path) as archive:
+        needle = archive["hidden_state1_v1"].tobytes()[:64]
+    raw[raw.index(needle)] ^= 1
+    path.write_bytes(raw)
+    text_cache.read(path, 3)
+    with pytest.raises(UserError, match="cannot be read"):
+        text_cache.read(path, 1)
+
+
+def test_a_shorter_list_of_wordings_replaces_the_longer_one_whole(path: Path) -> None:
+    _variants(path)
+    text_cache.write(path, _entry(), _fingerprint())
+    with np.load(path) as archive:
+        assert set(archive) == {*KEYS, "fingerprint", "fingerprint_crc"}
+    assert text_cache.num_variants(path) == 1 and text_cache.check(path, _fingerprint()) == "valid"
+
+
+@pytest.mark.parametrize("change", ["drop a row", "change a row", "drop the index", "rewrite the caption"])
+def test_wordings_that_another_program_spoils_are_stale(path: Path, change: str) -> None:
+    made_from = _variants(path)
+    with np.load(path) as archive:
+        kept = dict(archive)
+    if change == "drop a row":
+        del kept["pool2_v2"]
+    elif change == "change a row":
+        kept["pool2_v2"] = kept["pool2_v2"] + 1
+    elif change == "drop the index":
+        del kept["variant_index"]
+    else:
+        kept["pool2"] = kept["pool2"] + 1
+    np.savez(path, **kept)
+    reason = "number of caption variants changed" if change == "rewrite the caption" else "caption variants damaged"
+    assert text_cache.inspect(path, made_from, variants=4) == ("stale", (reason,))
+
+
+def test_a_file_without_variants_has_one_and_a_broken_one_none(path: Path) -> None:
+    assert text_cache.num_variants(path) == 0
+    np.savez(path, pool2=np.zeros(3))
+    assert text_cache.num_variants(path) == 1
+    path.write_bytes(b"torn")
+    assert text_cache.num_variants(path) == 0

@@ -6,7 +6,7 @@ import torch
 from library.diffusion.conditioning import Tokens
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl
-from library.models.text_encode import weighted_ids
+from library.models.token_ids import weighted_ids
 
 BOS, EOS = 49406, 49407
 SHORT, LONG = "a red circle on a blue background", "a small green star, " * 20  # 100 tokens

@@ -50,6 +50,42 @@ def test_any_text_has_ids_inside_the_vocabulary(text: str):
     assert all(0 <= token <= EOS for token in load_tokenizer().encode(text))
 
 
+@pytest.fixture(scope="module")
+def reference() -> CLIPTokenizer:
+    vocabulary, merges = tokenizers._vocabulary()
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges))
+
+
+SAMPLES = [
+    "1girl, (red eyes:1.2), [blurry], masterpiece_best",
+    "Größe, naïve café 日本語 한국어 Ünïcödé ΑΒΓ ß İstanbul ǅ",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈 flags 👍🏽 🇩🇪 ❤️‍🔥",
+    "tabs\tand\r\nlines\u2028\u3000\u00a0wide\u200bzero\ufeff",
+    "control \x00\x01\x1f\x7f\x85 characters",
+    "e\u0301 and \u00e9, \u1100\u1161\u11a8, \ufb01 ligature, \U0001d54f",
+    "it's we've I'm they'll he'd don't IT'S",
+    "<|startoftext|>a<|endoftext|> <|STARTOFTEXT|> < |endoftext|>",
+    "1234567890 ½ ² Ⅷ ١٢٣",
+    "!!! ?!?! ... --- ~~~ ```",
+    "a" * 5000,
+    "cat, " * 2000,
+    " ",
+    "\n",
+    "\U0010ffff\ue000\ufffd",
+]
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_ids_are_those_of_transformers(tokenizer: ClipTokenizer, reference: CLIPTokenizer, text: str):
+    assert tokenizer.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+
+
+@given(st.lists(st.text(max_size=80), max_size=4))
+def test_ids_of_any_texts_are_those_of_transformers(reference: CLIPTokenizer, texts: list[str]):
+    expected = [reference(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert load_tokenizer().encode_all(texts) == expected
+
+
 def test_workers_get_it_by_pickle(tokenizer: ClipTokenizer):
     data = pickle.dumps(tokenizer)
     assert len(data) < 500  # a recipe, not the vocabulary

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from library.diffusion.conditioning import TextCond
-from library.models import checkpoint, text_encode, vae
+from library.models import checkpoint, text_encode, token_ids, vae
 from library.models.bundle import ModelBundle
 
 load = checkpoint.load_bundle
 tokenize = text_encode.tokenize
-count_tokens = text_encode.count_tokens
+count_tokens = token_ids.count_tokens
 encode_text = text_encode.encode_text
 encode_text_gen = text_encode.encode_text_gen
 encode_image = vae.encode_image
