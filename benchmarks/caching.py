@@ -150,7 +150,7 @@ def with_pass(table: ImageTable, encoder: Encoder, batch_size: int) -> None:
 
 def timed(folder: Path, work) -> float:
     """Seconds of `work` on a folder without cache files."""
-    for file in (*folder.glob("*.npz"), folder / ".sdxl_cache_index.json"):
+    for file in (*folder.glob("*.npz"), folder / ".sdxl_latents_index"):
         file.unlink(missing_ok=True)
     start = time.perf_counter()
     work()

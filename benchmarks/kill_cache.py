@@ -110,7 +110,7 @@ def trial(folder: Path, rng: random.Random, *, processes: int, images: int, **op
 
     for file in folder.glob("*.npz"):
         file.unlink()
-    (folder / ".sdxl_cache_index.json").unlink(missing_ok=True)
+    (folder / ".sdxl_latents_index").unlink(missing_ok=True)
     logs = [folder.parent / f"log-{number}" for number in range(processes)]
     for log in logs:
         log.write_bytes(b"")

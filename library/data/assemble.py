@@ -75,7 +75,7 @@ def _place_all(specs: Sequence[DatasetSpec], report: ScanReport, cache_dir: Path
         for subset in sorted(spec.subsets, key=lambda subset: subset.is_reg):
             source = load_plugin("library.data.sources", subset.source)
             records = _records(source, subset, report=report, cache_dir=cache_dir)
-            for record in add_companions(subset, records, report=report):
+            for record in add_companions(subset, records, report=report, cache_dir=cache_dir):
                 placements, reasons = _placements(record, policies)
                 if not placements:
                     report.skipped.append(Skipped(record.path, reasons[0]))

@@ -46,7 +46,11 @@ def choose_files(
         title=f"{title} under names of their own",
     )
     own_checks = dict(zip(with_own, own_found, strict=True))
-    rest = [number for number in range(len(standard)) if number not in own_checks or not usable(own_checks[number])]
+    rest = [
+        number
+        for number, path in enumerate(standard)
+        if path not in taken and not (number in own_checks and usable(own_checks[number]))
+    ]
     found = inspect_all(
         len(rest),
         lambda index: check(rest[index], standard[rest[index]]),
@@ -55,7 +59,7 @@ def choose_files(
         title=title,
     )
     standard_checks = dict(zip(rest, found, strict=True))
-    has_standard = _claim(standard, standard_checks, own_checks, taken=taken)
+    has_standard = _claim(standard, standard_checks, own_checks)
     paths, checks = [], []
     for number, path in enumerate(standard):
         is_standard = number in has_standard
@@ -66,15 +70,11 @@ def choose_files(
 
 
 def _claim(
-    standard: Sequence[Path],
-    standard_checks: Mapping[int, CacheCheck],
-    own_checks: Mapping[int, CacheCheck],
-    *,
-    taken: Collection[Path],
+    standard: Sequence[Path], standard_checks: Mapping[int, CacheCheck], own_checks: Mapping[int, CacheCheck]
 ) -> set[int]:
     """The entries that have their standard file; `standard_checks` are of those whose own cannot be used."""
     users = Counter(standard)
-    claimed = dict.fromkeys(taken, -1)
+    claimed: dict[Path, int] = {}
     for number, result in standard_checks.items():
         if usable(result):
             claimed.setdefault(standard[number], number)

@@ -52,7 +52,7 @@ def test_npz_files_go_to_the_folder_that_mirrors_the_images_folder(folder, tmp_p
     assert figures(report) == (NUM, 0, 0, 0) and names(folder) == before
     (only,) = (tmp_path / "cache").iterdir()
     assert only == mirrored(folder, tmp_path / "cache") and only.name.startswith("pictures-") and len(only.name) == 17
-    assert len(list(only.glob("*.npz"))) == NUM and (only / ".sdxl_cache_index.json").exists()
+    assert len(list(only.glob("*.npz"))) == NUM and (only / f".sdxl_{run.__name__}_index").exists()
     suffix = "_0064x0064_sdxl.npz" if run is latents else "_te_outputs.npz"
     assert (only / f"p0{suffix}").exists()
     assert figures(run(folder, place=place)[1]) == (0, NUM, 0, 0)
@@ -165,3 +165,14 @@ def test_a_cache_in_train_data_dir_is_no_folder_of_images(tmp_path):
         "cache_latents", pretrained_model_name_or_path="tiny", train_data_dir=str(tmp_path), resolution="64"
     )
     assert not [notice for notice in cfg.notices if ".sdxl_cache" in notice]
+
+
+def test_indexes_of_mask_folders_lie_in_the_cache_folder_too(tmp_path):
+    for name in ("images", "masks"):
+        for path in write_folder(tmp_path / name, sizes=[(64, 64)] * 2).iterdir():
+            os.utime(path, (1e9, 1e9))
+    spec = dataset(subset(tmp_path / "images", mask_dir=str(tmp_path / "masks")))
+    assemble([spec], cache_dir=tmp_path / "cache")
+    folders = {path.parent.name.rpartition("-")[0] for path in (tmp_path / "cache").rglob(".sdxl_dataset_index")}
+    assert folders == {"images", "masks"}
+    assert list((tmp_path / "masks").glob(".sdxl*")) == []

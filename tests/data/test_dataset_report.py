@@ -42,7 +42,10 @@ def look(*specs, **settings):
 class CentralLatents:
     """A store of latents that are all zero."""
 
-    in_memory = True
+    in_memory, is_filling, moments = True, False, False
+
+    def awaits(self, row):
+        return False
 
     def get(self, row, *, flipped):
         return CachedLatents(torch.zeros(4, 8, 8))
@@ -60,7 +63,7 @@ def test_the_report_equals_the_batches_of_the_epoch(tmp_path, epoch, changes, is
         dataset(subset(write_folder(tmp_path / "two"), caption_prefix="p"), batch_size=3, enable_bucket=False),
     ]
     data = build_train_data(specs, seed=7, accumulation=2)
-    data.set_length(3 * data.steps_per_epoch)
+    data.set_length(data.steps_before(3))
     if is_cached:
         data.attach_latents(CentralLatents())
     trained = samples_of(data, epoch)

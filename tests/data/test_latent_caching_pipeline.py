@@ -81,9 +81,9 @@ def test_only_so_many_images_are_decoded_ahead_of_a_slow_encoder(tmp_path, monke
     decoded, lead = [], []
     real = latent_caching.read_pictures
 
-    def read(record, placement):
+    def read(record, placement, **options):
         decoded.append(record.key)
-        return real(record, placement)
+        return real(record, placement, **options)
 
     def slow(pixels, noise):
         threading.Event().wait(0.03)

@@ -184,7 +184,7 @@ def test_ranks_agree_on_the_end_when_only_one_of_them_meets_a_bad_image(folder, 
     def work(rank):
         run = Run(specs_of(folder), encode=encode, rank=rank, world=2)
         groups = run.data.epoch(0)
-        for _ in range(run.data.steps_per_epoch):  # the trainer leaves a last epoch without exhausting it
+        for _ in range(run.data.steps_in(0)):  # the trainer leaves a last epoch without exhausting it
             next(groups)
         run.data.finish_filling()
         run.data.close()

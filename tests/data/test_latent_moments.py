@@ -74,7 +74,7 @@ def test_entries_without_moments_are_built_again_when_they_are_wanted_and_only_t
 
 def test_moments_beside_latents_that_another_program_has_rewritten_are_not_trusted(folder):
     build(table_of(folder))
-    (folder / ".sdxl_cache_index.json").unlink()
+    (folder / ".sdxl_latents_index").unlink()
     victim = next(folder.glob("p3*.npz"))
     with np.load(victim) as file:
         arrays = {**file, "latents": file["latents"] + 1}

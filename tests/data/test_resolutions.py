@@ -173,7 +173,7 @@ def test_caches_of_two_resolutions_lie_side_by_side(folder):
     assert figures == (2 * NUM, 0, 0, 0)
     for row in data.table.rows.tolist():
         bucket = data.table.placement(row).bucket
-        assert store.get(row, flipped=False).shape == (4, bucket.h // 8, bucket.w // 8)
+        assert store.get(row, flipped=False).latents_4hw.shape == (4, bucket.h // 8, bucket.w // 8)
     assert len(list(folder.glob("*_sdxl.npz"))) == len(list(folder.glob("*_sdxl_????????.npz"))) == NUM
     with np.load(folder / "p0_0064x0064_sdxl.npz") as standard:
         assert standard["latents"].shape == (4, 8, 8), "the first resolution has the standard name"

@@ -152,7 +152,7 @@ def test_a_subset_with_one_wording_keeps_the_entries_it_has(folder, tmp_path):
 
 def test_the_second_pass_encodes_the_empty_caption_only(folder):
     build(folder)
-    (folder / ".sdxl_cache_index.json").unlink()
+    (folder / ".sdxl_text_index").unlink()
     for _ in range(2):
         encode = Encoder()
         _, report, _ = build(folder, encode=encode)
@@ -164,7 +164,7 @@ def test_an_edited_caption_is_the_only_one_built_again(folder):
     (folder / "p3.txt").write_text("something, else, entirely", encoding="utf-8")
     encode = Encoder()
     _, report, images = build(folder, encode=encode)
-    assert figures(report) == (1, NUM - 1, 0, 0) and report.stale[0].reason == "caption changed"
+    assert figures(report) == (1, NUM - 1, 1, 0) and report.stale[0].reason == "caption changed"
     assert set(encode.captions) == {"", *variants(images.record(3), 3)}
 
 
@@ -185,7 +185,7 @@ def test_an_edited_caption_is_the_only_one_built_again(folder):
 def test_whatever_the_wordings_depend_on_makes_them_stale(folder, changes, reason, is_indexed):
     build(folder)
     if not is_indexed:
-        (folder / ".sdxl_cache_index.json").unlink()
+        (folder / ".sdxl_text_index").unlink()
     _, report, _ = build(folder, **changes)
     assert {stale.reason for stale in report.stale} == {reason}
     assert figures(report) == (NUM, 0, NUM, 0)
@@ -226,7 +226,7 @@ def test_a_file_of_sd_scripts_holds_one_caption_and_is_built_again(folder, skip_
 def test_a_file_is_the_same_on_any_number_of_ranks(folder, monkeypatch):
     build(folder, batch_size=4)
     alone = {path.name: path.read_bytes() for path in folder.glob("*.npz")}
-    for path in [*folder.glob("*.npz"), folder / ".sdxl_cache_index.json"]:
+    for path in [*folder.glob("*.npz"), folder / ".sdxl_text_index"]:
         path.unlink()
 
     def work(rank):
