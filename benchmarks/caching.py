@@ -108,8 +108,8 @@ def in_sequence(table: ImageTable, encoder: Encoder, costs: dict[str, float]) ->
     import torch
 
     from library.data.latent_caching import posterior_noise
-    from library.data.pixels import load_sample
-    from library.data.transforms import read_record
+    from library.data.pixels import to_pixels
+    from library.data.transforms import apply_crop, crop_info, read_record
     from library.diffusion.crops import legacy_crop_ltrb
     from library.io import fingerprint, latent_cache
 
@@ -118,7 +118,8 @@ def in_sequence(table: ImageTable, encoder: Encoder, costs: dict[str, float]) ->
         times = [time.perf_counter()]
         whole = read_record(record)
         times.append(time.perf_counter())
-        pixels, crop = load_sample(whole, image.placement)
+        crop = crop_info(image.record.size, image.placement, flipped=False)
+        pixels = to_pixels(apply_crop(whole, crop))
         times.append(time.perf_counter())
         latents, _ = encoder(pixels[None], posterior_noise([image], "plain"))
         times.append(time.perf_counter())

@@ -15,12 +15,12 @@ from library.config.cli import make_config
 from library.config.dataset_file import dataset_specs
 from library.data.dataset import build_train_data
 from library.data.latent_caching import posterior_noise
-from library.data.pixels import load_sample
 from library.data.transforms import read_record
 from library.inference import encode_pass
 from library.io import latent_cache, text_cache
 from library.models.checkpoint import load_bundle
 from library.models.families import sdxl
+from tests.data.samples import load_sample
 from tests.data.specs import write_folder, write_picture
 
 ROOT = Path(__file__).resolve().parents[2]

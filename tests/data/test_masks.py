@@ -17,11 +17,12 @@ from library.data.buckets import BucketPolicy, Placement
 from library.data.companions import has_aspect_of
 from library.data.dataset import build_train_data
 from library.data.latent_caching import LatentCacheOptions, build_latents
-from library.data.pixels import cut_control, cut_mask, load_sample
+from library.data.pixels import cut_control, cut_mask
 from library.diffusion.masks import mask_cells
 from library.io import latent_cache
 from library.sizes import Size
 from tests.data.fakes import Counting
+from tests.data.samples import load_sample
 from tests.data.specs import SIZES, dataset, picture, subset, write_folder, write_picture
 
 NUM = len(SIZES)

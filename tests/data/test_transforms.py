@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data.buckets import BucketPolicy, Placement
-from library.data.pixels import load_sample, to_pixels
+from library.data.pixels import to_pixels
 from library.data.transforms import INTERPOLATIONS, crop_info, resize
 from library.diffusion.crops import size_ids
 from library.sizes import Size
+from tests.data.samples import load_sample
 from tests.data.specs import picture
 
 
