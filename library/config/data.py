@@ -100,6 +100,9 @@ class DataOptions(Group):
         0, "step from which all caption parts are used: a step, or a share of all steps (0.1 or 10%)", acts=CAPTIONS
     )
     flip_aug: bool = option(False, "mirror half of the images", acts=IMAGES)
+    color_aug: bool = option(
+        False, "change the hue or the brightness of a third of the images a little, anew each time", acts=IMAGES
+    )
     random_crop: bool = option(False, "crop at a random place instead of the centre", acts=IMAGES)
     resize_interpolation: str | None = option(
         None,

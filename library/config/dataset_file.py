@@ -70,6 +70,7 @@ class _Reader:
             return
         tables = read_dataset_tables(Path(name))
         self.problems += tables.problems
+        self.notices += tables.notices
         if not tables.datasets and not tables.problems:
             fix = "add [[datasets]] and, below it, [[datasets.subsets]] with an image_dir"
             self.problems.append(Problem("the dataset file names no dataset", name, fix))

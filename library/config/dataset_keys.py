@@ -51,6 +51,7 @@ SUBSET_KEYS: dict[str, str] = {
     "token_warmup_min": "token_warmup_min",
     "token_warmup_step": "token_warmup_step",
     "flip_aug": "flip_aug",
+    "color_aug": "color_aug",
     "random_crop": "random_crop",
     "resize_interpolation": "resize_interpolation",
     "alpha_mask": "alpha_mask",
@@ -68,10 +69,12 @@ PATH_KEYS = frozenset({"image_dir", "metadata_file", "conditioning_data_dir"})
 _KINDS: dict[type, str] = {str: "a text in quotes", dict: "a table", bool: "true or false, without quotes"}
 # keys that sd-scripts knows and that are not there yet, with the value that asks for nothing
 LATER_KEYS: dict[str, Any] = {
-    "color_aug": False,
     "face_crop_aug_range": None,
-    "cache_info": False,
-    "network_multiplier": 1,
+}
+# keys of sd-scripts for which there is nothing to do: their type, and why
+IDLE_KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "cache_info": (bool, "sizes and captions are always kept in an index of each image folder"),
+    "network_multiplier": ((int, float), "it changes nothing in sd-scripts either"),
 }
 
 
@@ -84,6 +87,7 @@ class Place:
     path: tuple[str | int, ...]
     file: TomlFile
     wrong: frozenset[str] = frozenset()
+    idle: tuple[str, ...] = ()
 
     def where(self, key: str) -> str:
         """File and line of `key`."""
@@ -97,6 +101,14 @@ class DatasetTables:
     general: Place
     datasets: list[tuple[Place, list[Place]]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def notices(self) -> list[str]:
+        """A sentence for each key that has no effect."""
+        places = [self.general, *(place for dataset, subsets in self.datasets for place in (dataset, *subsets))]
+        return [
+            f"{key} has no effect: {IDLE_KEYS[key][1]} ({place.where(key)})" for place in places for key in place.idle
+        ]
 
 
 def read_dataset_tables(path: Path) -> DatasetTables:
@@ -179,15 +191,18 @@ def _checked(place: Place, problems: list[Problem], *, level: str) -> Place:
     """The place with its correct values, normalised; the rest goes to `problems`."""
     good: dict[str, Any] = {}
     wrong: set[str] = set()
+    idle: list[str] = []
     for key, value in place.values.items():
         key = resolution_key(key, value)
         found, value = _check_key(place, key, value, level=level)
         if found:
             problems.append(found)
             wrong.add(key)
+        elif key in IDLE_KEYS:
+            idle.append(key)
         elif key not in LATER_KEYS:
             good[key] = value
-    return Place(place.title, good, place.path, place.file, frozenset(wrong))
+    return Place(place.title, good, place.path, place.file, frozenset(wrong), tuple(idle))
 
 
 def resolution_key(key: str, value: Any) -> str:
@@ -204,6 +219,11 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
         harmless = LATER_KEYS[key]
         asks_for_nothing = value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
         return (None if asks_for_nothing else Problem(f"{key} is not supported yet", where, f"remove {key}")), None
+    if key in IDLE_KEYS:
+        is_right = isinstance(value, IDLE_KEYS[key][0])
+        return (
+            None if is_right else Problem(f"{key} = {shown(value)} is of a wrong type", where, f"remove {key}")
+        ), None
     if key in types:
         if isinstance(value, types[key]):
             return _check_path(key, value, where=where) if key in PATH_KEYS else (None, value)
@@ -213,7 +233,7 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
     if key in DATASET_KEYS or key in SUBSET_ONLY_KEYS:
         right = "[[datasets]] or [general]" if key in DATASET_KEYS else "[[datasets.subsets]]"
         return Problem(f"{key} cannot stand in {place.title}", where, f"move it to {right}"), None
-    near = nearest(key, (*allowed, *types, *LATER_KEYS))
+    near = nearest(key, (*allowed, *types, *LATER_KEYS, *IDLE_KEYS))
     fix = f"did you mean {near}?" if near else f"known keys: {', '.join(sorted({*allowed, *types}))}"
     if near is None and key in DataOptions.options():
         fix = "it is an option of the run: put it on the command line or into config_file"

@@ -129,12 +129,16 @@ def _buckets(spec: DatasetSpec, where: str) -> list[Problem]:
 
 
 def _latent_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
-    cropped = [subset.place for subset in spec.subsets if subset.random_crop]
-    if not cfg.data.cache_latents or not cropped:
+    if not cfg.data.cache_latents:
         return []
-    what = f"cache_latents keeps one crop of each image, so random_crop cannot act in {', '.join(cropped)}"
     where = f"cache_latents: {cfg.provenance['cache_latents']}"
-    return [Problem(what, where, "leave out cache_latents or random_crop")]
+    problems = []
+    for name, kept in (("random_crop", "one crop"), ("color_aug", "the colours")):
+        places = [subset.place for subset in spec.subsets if getattr(subset, name)]
+        if places:
+            what = f"cache_latents keeps {kept} of each image, so {name} cannot act in {', '.join(places)}"
+            problems.append(Problem(what, where, f"leave out cache_latents or {name}"))
+    return problems
 
 
 def _text_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:

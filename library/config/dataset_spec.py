@@ -41,6 +41,7 @@ class SubsetSpec:
     token_warmup_min: int = 1
     token_warmup_step: int | float = 0
     flip_aug: bool = False
+    color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None
     alpha_mask: bool = False

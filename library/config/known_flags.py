@@ -48,6 +48,7 @@ NO_EFFECT: dict[str, tuple[frozenset[str], str]] = {
     "lowram": (SHARED, "models are always loaded without a second copy in memory"),
     "highvram": (SHARED, "the memory cache is never cleared between batches"),
     "skip_existing": (LATENTS | TEXTS, "existing cache files are always kept when they are still right"),
+    "cache_info": (SHARED, "sizes and captions are always kept in an index of each image folder"),
     "sdxl": (LATENTS | TEXTS | GENERATOR, "every model here is an SDXL model"),
     "no_preview": (GENERATOR, "no window is ever opened"),
     "clip_skip": (GENERATOR, "SDXL always uses the penultimate layer of its text encoders"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from library.data.batching import RankRows, Row
+from library.data.colours import ColourShift, shift_colours
 from library.data.pixels import cut_control, cut_mask, to_pixels
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.sample_draws import Visit, draw_sample
@@ -95,7 +96,7 @@ class BatchBuilder(Dataset):
         """One sample, with all its draws for this visit."""
         image = self.table[row.image]
         member = self._image_of(row)
-        caption, crop, variant = draw_sample(
+        caption, crop, variant, colours = draw_sample(
             image,
             Visit(epoch, row.repeat, step),
             seed=self.seed,
@@ -103,11 +104,11 @@ class BatchBuilder(Dataset):
             is_cached=self.latents is not None,
             num_variants=1 if self.text is None else self.text.num_variants(member),
         )
-        sample = self._picture(image, row, crop=crop)
+        sample = self._picture(image, row, crop=crop, colours=colours)
         text = None if self.text is None else self.text.get(member, variant=variant, empty=caption == "")
         return replace(sample, caption=caption, text=text)
 
-    def _picture(self, image: PlacedImage, row: Row, *, crop: CropInfo) -> Sample:
+    def _picture(self, image: PlacedImage, row: Row, *, crop: CropInfo, colours: ColourShift | None) -> Sample:
         """What a sample shows, without its text; from the cache when there is one."""
         record, filter_name = image.record, image.record.subset.resize_interpolation
         key = SampleKey(record.key, row.repeat)
@@ -116,7 +117,8 @@ class BatchBuilder(Dataset):
             control_HW3 = read_control(record)
         else:
             image_HW3, mask_HW, control_HW3 = read_pictures(record, image.placement)
-            pixels = to_pixels(apply_crop(image_HW3, crop, interpolation=filter_name))
+            window_HW3 = apply_crop(image_HW3, crop, interpolation=filter_name)
+            pixels = to_pixels(window_HW3 if colours is None else shift_colours(window_HW3, colours))
             mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]
             awaits = None
             if self.latents is not None:

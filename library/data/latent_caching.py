@@ -91,7 +91,7 @@ def build_latents(
     is written as soon as its batch is done, so an interrupted pass goes on where it stopped. No subset may crop at
     random.
     """
-    assert not any(subset.random_crop for subset in table.subsets), "a cached image has one crop"
+    assert not any(subset.random_crop or subset.color_aug for subset in table.subsets), "a cached image has one look"
     work = LatentPass(table, options)
     checks = work.backend.look(rank=rank, world=world)
     work.backend.prepare([number for number, check in enumerate(checks) if not usable(check)])

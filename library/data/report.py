@@ -244,7 +244,7 @@ def ss_metadata(
             "ss_batch_size_per_device": str(spec.batch_size),
             "ss_total_batch_size": str(spec.batch_size * total_batch_factor),
             "ss_resolution": str(tuple(spec.resolution)),
-            "ss_color_aug": "False",
+            "ss_color_aug": str(subset.color_aug),
             "ss_flip_aug": str(subset.flip_aug),
             "ss_random_crop": str(subset.random_crop),
             "ss_shuffle_caption": str(subset.shuffle_caption),
@@ -292,7 +292,7 @@ def _subset_info(subset: SubsetSpec, img_count: int) -> dict[str, object]:
     return {
         "img_count": img_count,
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
+        "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,
         "random_crop": subset.random_crop,
         "shuffle_caption": subset.shuffle_caption,

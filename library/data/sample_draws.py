@@ -9,6 +9,7 @@ import random
 from typing import NamedTuple
 
 from library.data.captions import caption_variant, is_dropped, process_caption
+from library.data.colours import ColourShift, draw_colours
 from library.data.records import PlacedImage
 from library.data.transforms import crop_info
 from library.diffusion.crops import CropInfo
@@ -26,12 +27,13 @@ class Visit(NamedTuple):
 class SampleDraw(NamedTuple):
     """What one visit makes of an image: the caption that is tokenised, and the window with its mirroring.
 
-    `variant` is the number of the caption among the cached wordings.
+    `variant` is the number of the caption among the cached wordings; `colours` what becomes of the image's colours.
     """
 
     caption: str
     crop: CropInfo
     variant: int = 0
+    colours: ColourShift | None = None
 
 
 def draw_sample(
@@ -69,4 +71,5 @@ def draw_sample(
         caption = "" if is_empty else caption_variant(record.caption, subset, key=record.key, number=variant)
     flipped = subset.flip_aug and rng("flip").random() < 0.5
     crop_rng = rng("crop") if subset.random_crop and not is_cached else None
-    return SampleDraw(caption, crop_info(record.size, image.placement, flipped=flipped, rng=crop_rng), variant)
+    crop = crop_info(record.size, image.placement, flipped=flipped, rng=crop_rng)
+    return SampleDraw(caption, crop, variant, draw_colours(rng("colours")) if subset.color_aug else None)

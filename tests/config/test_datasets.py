@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from library.config.cli import make_config
-from library.config.dataset_file import dataset_specs, folder_name
+from library.config.dataset_file import dataset_specs, folder_name, read_datasets
 from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS
 from library.config.toml_file import toml_value
 from library.errors import UserError
@@ -43,6 +43,7 @@ VALUES = {
     "token_warmup_min": st.integers(0, 5),
     "token_warmup_step": st.sampled_from([0, 10, 0.5]),
     "flip_aug": st.booleans(),
+    "color_aug": st.booleans(),
     "random_crop": st.booleans(),
     "resize_interpolation": st.sampled_from(["lanczos", "area"]),
     "alpha_mask": st.booleans(),
@@ -133,7 +134,7 @@ image_dir = "nowhere"
 batch_size = 2
 [[datasets.subsets]]
 num_repeats = 2
-color_aug = true
+face_crop_aug_range = [1.0, 2.0]
 seed = 3
 [[datasets]]
 resolution = 512
@@ -146,7 +147,7 @@ resolution = 512
             "the default is shuffle_caption = false",
         ),
         ("batch_size cannot stand in subset 1", "./data.toml line 9", "move it to [[datasets]] or [general]"),
-        ("color_aug is not supported yet", "./data.toml line 12", "remove color_aug"),
+        ("face_crop_aug_range is not supported yet", "./data.toml line 12", "remove face_crop_aug_range"),
         ("seed is not a key of subset 2", "./data.toml line 13", _known_fix()),
         ("image_dir cannot stand in dataset 1", "./data.toml line 5", "move it to [[datasets.subsets]]"),
         ('resolution = "big" is not a resolution; write one number or width and height, such as 1024 or "1024,768"',
@@ -170,6 +171,15 @@ def test_key_that_is_not_there_yet_passes_only_when_it_asks_for_nothing(folder, 
     other = {bool: True, int: 7}.get(type(value), "x")
     ((what, where, _),) = _problems(f"{head}{key} = {toml_value(other)}\n", folder)
     assert (what, where) == (f"{key} is not supported yet", "./data.toml line 4")
+
+
+@pytest.mark.parametrize(("key", "value", "wrong"), [("cache_info", True, 1.5), ("network_multiplier", 0.8, "x")])
+def test_key_with_nothing_to_do_is_accepted_with_a_notice(folder, key, value, wrong):
+    head = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='a'\n"
+    _, cfg = _specs(f"{head}{key} = {toml_value(value)}\n", folder)
+    assert any(notice.startswith(f"{key} has no effect: ") for notice in read_datasets(cfg)[2])
+    ((what, where, _),) = _problems(f"{head}{key} = {toml_value(wrong)}\n", folder)
+    assert what.startswith(f"{key} = ") and where == "./data.toml line 4"
 
 
 @pytest.mark.parametrize(
