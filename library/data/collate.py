@@ -133,6 +133,8 @@ class BatchBuilder(Dataset):
         """Latents or, where they are kept, the moments from which every epoch draws its own."""
         assert self.latents is not None
         latents, mask, moments = self.latents.get(row.image, flipped=crop.flipped)
+        if latents.shape[-2:] != (crop.target.h // CELL, crop.target.w // CELL):
+            raise ValueError(f"the cached latents are not of bucket {crop.target}; leave out --skip_cache_check")
         if moments is None:
             return Sample(key, "", crop, weight, latents_4hw=latents, mask_1hw=mask)
         return Sample(key, "", crop, weight, moments_8hw=moments, mask_1hw=mask)

@@ -108,7 +108,9 @@ class NpzEntries:
         self._is_there[numbers] = True
 
     def read(self, number: int) -> LatentEntry:
-        """One entry."""
+        """One entry. Of one that failed, an old file may still be there: it is not right."""
+        if not self._is_there[number]:
+            raise KeyError(f"entry {number} is not in the cache")
         return latent_cache.read(self._paths[number], with_mask=bool(self._has_mask[number]), moments=self._moments)
 
     def has(self, numbers: np.ndarray) -> np.ndarray:
@@ -139,6 +141,7 @@ class NpzLatents:
         self._needs_flip, self._vae_id, self._skip_check = needs_flip, vae_id, skip_check
         self._place = place
         images = table.image_of[targets.first]
+        self._is_one_of_several = np.bincount(images, minlength=table.num_images)[images] > 1
         self._stamps = image_stamps(table, images)
         kinds = (
             table.placement_of[targets.first],
@@ -232,7 +235,7 @@ class NpzLatents:
 
     def _inspect(self, number: int, path: str) -> CacheCheck:
         if self._skip_check:
-            return CacheCheck("valid" if os.path.exists(path) else "missing")
+            return self._trusted(number, path)
         try:
             expected = self._fingerprint(number, with_hash=False)
         except OSError:
@@ -249,6 +252,20 @@ class NpzLatents:
             image_path=image.record.path,
             mask=mask,
             mask_path=None if mask is None else image.record.mask or image.record.path,
+        )
+
+    def _trusted(self, number: int, path: str) -> CacheCheck:
+        """Whether a file that is trusted is there; one of several for an image, or with more in it, is looked into."""
+        flipped, mask = bool(self._needs_flip[number]), bool(self._has_mask[number])
+        if not (flipped or mask or self._moments or self._is_one_of_several[number]):
+            return CacheCheck("valid" if os.path.exists(path) else "missing")
+        bucket = self._image(number).placement.bucket
+        return latent_cache.inspect_contents(
+            path,
+            need_flipped=flipped,
+            need_moments=self._moments,
+            need_mask=mask,
+            latent_hw=(bucket.h // CELL, bucket.w // CELL),
         )
 
     def _fingerprint(self, number: int, *, with_hash: bool) -> str:

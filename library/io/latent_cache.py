@@ -166,9 +166,7 @@ def inspect(
         return CacheCheck("broken", (str(error),))
     reasons = _misfits(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw, need_mask=mask is not None)
     if need_moments:
-        wanted = _MOMENT_KEYS if need_flipped else _MOMENT_KEYS[:1]
-        if any(found.shapes.get(key, ())[-2:] != tuple(latent_hw) for key in wanted):
-            reasons = (*reasons, "no mean and variance")
+        reasons += _lacking_moments(found.shapes, need_flipped=need_flipped, latent_hw=latent_hw)
     if reasons:
         return CacheCheck("stale", reasons)
     if not _is_ours(found, with_mask=mask is not None):
@@ -178,6 +176,35 @@ def inspect(
         return CacheCheck("foreign")
     reasons = fp.changes(str(found.arrays["fingerprint"]), expected, image_path=image_path, mask_path=mask_path)
     return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
+
+
+def inspect_contents(
+    path: str | os.PathLike[str],
+    *,
+    need_flipped: bool,
+    latent_hw: tuple[int, int],
+    need_moments: bool = False,
+    need_mask: bool = False,
+) -> CacheCheck:
+    """Decide as `inspect` does whether a file holds what is needed, in the right shapes, whatever it was made from."""
+    if not os.path.exists(path):
+        return CacheCheck("missing")
+    try:
+        shapes = npz_file.peek(path).shapes
+    except npz_file.BrokenArchive as error:
+        return CacheCheck("broken", (str(error),))
+    reasons = _misfits(shapes, need_flipped=need_flipped, latent_hw=latent_hw, need_mask=need_mask)
+    if need_moments:
+        reasons += _lacking_moments(shapes, need_flipped=need_flipped, latent_hw=latent_hw)
+    return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
+
+
+def _lacking_moments(
+    shapes: dict[str, tuple[int, ...]], *, need_flipped: bool, latent_hw: tuple[int, int]
+) -> tuple[str, ...]:
+    wanted = _MOMENT_KEYS if need_flipped else _MOMENT_KEYS[:1]
+    is_lacking = any(shapes.get(key, ())[-2:] != tuple(latent_hw) for key in wanted)
+    return ("no mean and variance",) if is_lacking else ()
 
 
 def _misfits(

@@ -135,6 +135,19 @@ def test_an_image_that_cannot_be_read_costs_its_samples_and_does_not_hold_up_the
     run.data.close()
 
 
+def test_an_old_file_of_an_image_without_finite_latents_is_not_used(folder):
+    def encode(pixels, noise):
+        latents, finite = noisy_vae(pixels, noise)
+        finite[:] = pixels.shape[-1] != 96
+        return latents, finite
+
+    built_before(specs_of(folder), vae_id="another")
+    run = Run(specs_of(folder), encode=encode)
+    run.batches(0)
+    assert sum(batch.num_real for batch in run.batches(1)) == 2 * NUM - 4
+    run.data.close()
+
+
 def test_an_image_without_finite_latents_is_marked_for_the_step_and_then_left_out(folder):
     def encode(pixels, noise):
         latents, finite = noisy_vae(pixels, noise)
