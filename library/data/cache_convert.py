@@ -23,6 +23,8 @@ from library.io.packed_store import PackedStore
 from library.io.packed_writer import PackedWriter
 from library.sizes import Size
 
+_MOMENTS = {"moments", "moments_flipped"}
+
 
 @dataclass
 class Converted:
@@ -124,8 +126,11 @@ def _record(part: NpzPart, number: int) -> Record:
     path = part.path(number)
     if isinstance(part.work, LatentPass):
         image = part.work.image(number)
-        entry = latent_cache.read(path, with_mask=bool(part.work.has_mask[number]))
-        model = _named(entry.fingerprint, "vae") if part.checks[number].status == "valid" else None
+        is_ours = part.checks[number].status == "valid"
+        # Another program that rewrites latents leaves the moments of older ones in the file.
+        moments = is_ours and "moments" in npz_file.peek(path).shapes
+        entry = latent_cache.read(path, with_mask=bool(part.work.has_mask[number]), moments=moments)
+        model = _named(entry.fingerprint, "vae") if is_ours else None
         return Record(arrays_of(entry), recipe(model), image.record.key, facts_of(image))
     text = text_cache.read(path)
     model = _named(text.fingerprint, "text_encoder") if part.checks[number].status == "valid" else None
@@ -153,16 +158,16 @@ def _confirm(
                 continue
             if not same:
                 done.failed.append(Skipped(str(path), "the packed cache holds another entry for it"))
-            elif remove and is_entry(path, part.kind) and _is_whole(part, number):
+            elif remove and is_entry(path, part.kind) and _is_whole(part, number, store, position):
                 path.unlink()
                 done.removed += 1
 
 
 def _is_same(part: NpzPart, number: int, store: PackedStore, position: int) -> bool:
     record, packed = _record(part, number), store.read(position)
-    if packed.keys() >= record.arrays.keys() and all(
-        np.array_equal(packed[name], array) for name, array in record.arrays.items()
-    ):
+    # An entry that was packed without moments serves as before.
+    wanted = record.arrays.keys() - (_MOMENTS - packed.keys())
+    if packed.keys() >= wanted and all(np.array_equal(packed[name], record.arrays[name]) for name in wanted):
         return True
     # Equal captions are packed once; encoded in different batches they differ in the last bits.
     if part.kind != "text" or record.recipe != _recipe_of(store, position):
@@ -174,11 +179,12 @@ def _recipe_of(store: PackedStore, position: int) -> str:
     return store.recipes[int(store.recipe_of(np.array([position]))[0])]
 
 
-def _is_whole(part: NpzPart, number: int) -> bool:
+def _is_whole(part: NpzPart, number: int, store: PackedStore, position: int) -> bool:
     """Whether the packed entry holds all that the file does: a mask or a variant that is not in use would be lost."""
     keys = set(npz_file.peek(part.path(number)).shapes) - {"fingerprint", "fingerprint_crc"}
     if isinstance(part.work, LatentPass):
         packed = {"latents", "latents_flipped", "original_size", "crop_ltrb"}
+        packed |= _MOMENTS & store.read(position).keys()
         return keys <= (packed | {"alpha_mask"} if part.work.has_mask[number] else packed)
     return keys <= {"hidden_state1", "hidden_state2", "pool2"}
 
@@ -194,6 +200,8 @@ def _write_latents(part: NpzPart, number: int, store: PackedStore, position: int
         entry.original,
         legacy_crop_ltrb(image.placement.bucket, image.record.size),
         mask_HW=entry.mask_HW,
+        moments_8hw=entry.moments_8hw,
+        flipped_moments_8hw=entry.flipped_moments_8hw,
     )
     vae = vae_of(_recipe_of(store, position))
     latent_cache.write(part.path(number), entry, None if vae is None else _latent_text(image, facts, vae))

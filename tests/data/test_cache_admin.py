@@ -11,11 +11,13 @@ from library.data.cache_places import CachePlace, mirrored
 from library.data.latent_caching import LatentCacheOptions, build_latents
 from library.data.packed_entries import FACTS
 from library.data.text_caching import TextCacheOptions, build_text
+from library.diffusion.posterior import sample_posterior
 from library.io import latent_cache, npz_file, text_cache
 from library.io.packed_store import PackedStore
 from tests.data.fakes import Counting, fake_text_encoder
 from tests.data.specs import dataset, subset, write_folder, write_picture
 from tests.data.test_cache_tools import tool
+from tests.data.test_latent_moments import fake_moments
 
 NUM = 7
 FLAGS = [
@@ -276,3 +278,31 @@ def test_text_entries_of_equal_captions_are_packed_once_and_all_files_removed(fo
     admin("unpack")
     assert len(list(folder.glob("*_te_outputs.npz"))) == NUM
     assert text_cache.read(folder / "p3_te_outputs.npz").hidden_state1.dtype == torch.float16
+
+
+def test_moments_go_to_the_packed_cache_and_back(folder, admin, tmp_path):
+    specs = [dataset(subset(folder, flip_aug=True))]
+
+    def built(place):
+        options = LatentCacheOptions("vae", to_disk=True, batch_size=2, moments=True, place=place)
+        return build_latents(assemble(specs)[0], Counting(fake_moments), options=options)[1].built
+
+    beside, store = CachePlace("npz"), packed(tmp_path)
+    assert built(beside) == NUM
+    code, lines = admin("pack", "--remove", "--flip_aug")
+    assert code == 0 and f"latents: written {NUM}, there already 0, removed {NUM}, failed 0" in lines
+    assert built(store) == 0
+    assert admin("unpack", "--flip_aug")[0] == 0
+    assert built(beside) == 0
+
+
+def test_files_with_moments_stay_when_the_packed_cache_has_none(folder, admin, tmp_path):
+    def sampled(pixels, noise):
+        moments, finite = fake_moments(pixels, noise)
+        return sample_posterior(moments, noise), finite
+
+    for encode, place, moments in ((sampled, packed(tmp_path), False), (fake_moments, CachePlace("npz"), True)):
+        options = LatentCacheOptions("vae", to_disk=True, batch_size=2, moments=moments, place=place)
+        build_latents(assemble([dataset(subset(folder))])[0], Counting(encode), options=options)
+    _, lines = admin("pack", "--remove")
+    assert f"latents: written 0, there already {NUM}, removed 0, failed 0" in lines
