@@ -42,6 +42,9 @@ class LatentBackend(Protocol):
     def put(self, number: int, entry: LatentEntry) -> None:
         """Keep an entry. Called from one thread at a time."""
 
+    def as_kept(self, entry: LatentEntry) -> LatentEntry:
+        """The entry as it will be read again."""
+
     def share(self) -> Any:
         """What other ranks have to know to read what this rank has put; can be pickled."""
 
@@ -76,6 +79,10 @@ class MemoryLatents:
     def put(self, number: int, entry: LatentEntry) -> None:
         """Keep an entry."""
         self._entries[number] = replace(entry, mask_HW=small_mask(entry))
+
+    def as_kept(self, entry: LatentEntry) -> LatentEntry:
+        """Every value as it is."""
+        return entry
 
     def share(self) -> Mapping[int, LatentEntry]:
         """The entries themselves."""
@@ -191,6 +198,10 @@ class NpzLatents:
         path = self._files.paths[number]
         latent_cache.write(path, entry, self._fingerprint(number, with_hash=True))
         self._files.see(number)
+
+    def as_kept(self, entry: LatentEntry) -> LatentEntry:
+        """Every value as it is."""
+        return entry
 
     def share(self) -> Seen:
         """The files' sizes and times, for the indexes."""

@@ -176,7 +176,7 @@ class LatentFiller:
             self._encoder = self._encode()
         chunk = make_chunk(self._work, pixels_3HW, masks=masks)
         entries, failed = encode_chunk(chunk, self._encoder, moments=self._work.options.moments)
-        made = dict(entries)
+        made = {number: self._work.backend.as_kept(entry) for number, entry in entries}
         new = [(number, entry) for number, entry in entries if number not in self._built]
         self._behind.put(partial(store, self._work.backend, new))
         self._made |= made

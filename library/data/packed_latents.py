@@ -19,6 +19,7 @@ from library.data.packed_entries import (
     FACTS,
     PackedLatentEntries,
     arrays_of,
+    entry_of,
     facts_of,
     latent_ids,
     recipe,
@@ -109,6 +110,10 @@ class PackedLatents:
         """Append it to this process's shard."""
         image = self._image(number)
         self._writer.append(int(self.ids[number]), arrays_of(entry), key=image.record.key, facts=facts_of(image))
+
+    def as_kept(self, entry: LatentEntry) -> LatentEntry:
+        """Rounded to the dtype of the store."""
+        return entry_of(arrays_of(entry), original=entry.original)
 
     def share(self) -> None:
         """Flush what was put; the others find the shards by themselves."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from library.data.assemble import assemble
+from library.data.cache_places import CachePlace
 from library.data.dataset import build_train_data
 from library.data.latent_caching import LatentCacheOptions, build_latents
 from library.data.latent_filling import LatentFiller
@@ -94,6 +95,20 @@ def test_batches_are_those_of_a_cache_made_before(tmp_path, workers, to_disk, mo
         table = assemble(specs)[0]
         store, report = build_latents(table, rest, options=options_of(moments=moments))
         assert report.reused == NUM and rest.loads == 0 and store.has(table.rows).all()
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_what_is_trained_on_while_filling_a_packed_cache_is_what_is_read_from_it_later(folder, tmp_path, moments):
+    options = {"place": CachePlace("packed", tmp_path / "cache"), "moments": moments}
+    encode = fake_moments if moments else noisy_vae
+    epochs = []
+    for _ in range(2):
+        run = Run(specs_of(folder), encode=encode, **options)
+        epochs.append(run.batches(0))
+        run.data.close()
+    name = "moments_B8hw" if moments else "latents_B4hw"
+    for one, other in zip(*epochs, strict=True):
+        assert torch.equal(getattr(one, name).float(), getattr(other, name).float())
 
 
 def test_a_complete_cache_needs_no_encoder_and_lets_the_vae_go_at_once(folder):
