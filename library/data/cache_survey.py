@@ -143,13 +143,32 @@ class NpzPart:
 
 
 def _belongs(work: LatentPass | TextPass) -> Callable[[str], bool]:
-    """Whether the key of an entry is that of a caption or image of the data set, or of an image in another folder."""
+    """Whether the key of an entry is that of a caption or image of the data set, or of an image in another folder.
+
+    An image whose file is there counts, though a scan may leave it out today (for a missing mask, say).
+    """
     if isinstance(work, TextPass):
         captions = {*map(work.text, range(len(work.targets))), ""}
         return captions.__contains__
-    keys = {work.table.keys.text(image) for image in range(work.table.num_images)}
-    folders = {key.partition("/")[0] for key in keys}
-    return lambda key: key in keys or key.partition("/")[0] not in folders
+    table = work.table
+    keys = {table.keys.text(image) for image in range(table.num_images)}
+    roots: dict[str, set[str]] = {}
+    for image in range(table.num_images):
+        folder, name = _parts(table.keys.text(image))
+        if table.paths.text(image).endswith(name):
+            roots.setdefault(folder, set()).add(table.paths.text(image).removesuffix(name))
+
+    def belongs(key: str) -> bool:
+        folder, name = _parts(key)
+        return key in keys or folder not in roots or any(os.path.exists(root + name) for root in roots[folder])
+
+    return belongs
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """The folder of a key, and the name of the file in it without the number of a second use."""
+    folder, _, name = key.partition("/")
+    return folder, re.sub(r"#\d+$", "", name)
 
 
 class PackedPart:

@@ -1,7 +1,8 @@
 """Fills the cache of latents while training runs: an image is encoded when it is first met, just as a pass would.
 
 The first epoch leaves the cache complete, because it meets every image. A run that is resumed within it, or whose
-latents lie in memory, may need a part of the next epoch.
+latents lie in memory, may need a part of the next epoch; one at several resolutions needs as many epochs as it takes to
+meet every image at each.
 """
 
 from __future__ import annotations

@@ -93,6 +93,13 @@ def test_status_counts_what_is_right_stale_missing_orphaned_and_unused(folder, a
     assert (text["valid"], text["stale"], text["missing"], text["orphaned"]) == (5, 0, 2, 2)
 
 
+def test_an_image_that_is_left_out_today_keeps_its_packed_entry(folder, admin, tmp_path):
+    fill(folder, place=packed(tmp_path))
+    (folder / "p3.txt").write_bytes(b"\xff not UTF-8")  # its image cannot be used until this is mended
+    row = status(admin("status")[1])["latents", "packed"]
+    assert (row["valid"], row["unused"], row["orphaned"]) == (NUM - 1, 1, 0)
+
+
 def test_status_judges_by_the_model_that_is_named(folder, admin, tmp_path):
     fill(folder)
     fill(folder, place=packed(tmp_path))
