@@ -44,11 +44,15 @@ class CentralLatents:
 
     in_memory, is_filling, moments = True, False, False
 
+    def __init__(self, table):
+        self.table = table
+
     def awaits(self, row):
         return False
 
     def get(self, row, *, flipped):
-        return CachedLatents(torch.zeros(4, 8, 8))
+        bucket = self.table.placement(row).bucket
+        return CachedLatents(torch.zeros(4, bucket.h // 8, bucket.w // 8))
 
     def has(self, rows):
         return torch.ones(len(rows), dtype=torch.bool).numpy()
@@ -65,7 +69,7 @@ def test_the_report_equals_the_batches_of_the_epoch(tmp_path, epoch, changes, is
     data = build_train_data(specs, seed=7, accumulation=2)
     data.set_length(data.steps_before(3))
     if is_cached:
-        data.attach_latents(CentralLatents())
+        data.attach_latents(CentralLatents(data.table))
     trained = samples_of(data, epoch)
     found = look(*specs, epoch=epoch, accumulation=2, max_train_epochs=3, is_cached=is_cached)
     shown = {image.record.key: (image.caption, image.size_ids, image.bucket) for image in found.images}
