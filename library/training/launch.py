@@ -31,7 +31,6 @@ from library.training import metadata as meta
 from library.training.draws import Draws
 from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
 from library.training.metrics import Meters, RunLog
-from library.training.optim import GuardedUpdate
 from library.training.plan import Schedule, end_text, plan_text, schedule
 from library.training.precision import save_dtype, weight_dtype
 from library.training.preview import PreviewHook
@@ -39,6 +38,7 @@ from library.training.state import Progress, RunFacts, TrainingState, data_ident
 from library.training.step import TrainStep
 from library.training.trainable import Trainable
 from library.training.trainer import Trainer
+from library.training.update import GuardedUpdate
 from library.training.writing import ModelWriter
 
 if TYPE_CHECKING:

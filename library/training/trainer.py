@@ -14,9 +14,9 @@ from library.data.types import Batch, StepGroup
 from library.seeds import derive_seed
 from library.training.draws import Draws
 from library.training.hooks import Event, Hook, View
-from library.training.optim import GuardedUpdate
 from library.training.state import Progress
 from library.training.trainable import Trainable
+from library.training.update import GuardedUpdate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

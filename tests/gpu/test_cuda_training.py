@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training.optim import GuardedUpdate, build_optimizer
+from library.training.optim import build_optimizer
+from library.training.update import GuardedUpdate
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,8 @@ from diffusers.optimization import get_scheduler
 
 from library.errors import UserError
 from library.training.lr import build_scheduler, steps_from
-from library.training.optim import GuardedUpdate, build_optimizer
+from library.training.optim import build_optimizer
+from library.training.update import GuardedUpdate
 
 
 def _group(value=1.0, lr=0.1, name="unet"):
