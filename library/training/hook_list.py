@@ -1,0 +1,126 @@
+"""The hooks of a run, in the order in which they fire."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from library.training import metadata as meta
+from library.training import naming
+from library.training.hooks import Hook
+from library.training.log_hooks import DrainHook, LogHook
+from library.training.metrics import RunLog
+from library.training.precision import save_dtype
+from library.training.prepare import text_form
+from library.training.preview import PreviewHook
+from library.training.run import Parts, Run
+from library.training.save_hook import SaveHook
+from library.training.state import read_description
+from library.training.stop_hooks import NonFiniteHook, StopHook
+from library.training.writing import ModelWriter
+
+if TYPE_CHECKING:
+    from library.config.cli import RunConfig
+
+
+def hooks(run: Run, parts: Parts) -> list[Hook]:
+    """Everything that happens around the steps of `run`, on every rank."""
+    every = run.cfg.loop.log_every_n_steps
+    meters: LogHook | DrainHook
+    meters = LogHook(_run_log(run.cfg), every) if run.accelerator.is_main_process else DrainHook(every)
+    found = [_stop(run), NonFiniteHook(lambda: parts.update.skipped, every), meters, _save(run, parts, meters)]
+    if run.previews:
+        found.append(_preview(run, parts))
+    return found
+
+
+def _stop(run: Run) -> StopHook:
+    return StopHook(None if run.accelerator.num_processes == 1 else partial(_any_rank, run.accelerator))
+
+
+def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
+    cfg, accelerator = run.cfg, run.accelerator
+    writer = ModelWriter(
+        run.trainable,
+        dtype=save_dtype(cfg.save.save_precision),
+        metadata=_metadata(run, parts),
+        cfg=cfg,
+        bundle=run.bundle,
+    )
+    period = cfg.save.save_every_n_epochs
+    if cfg.save.save_n_epoch_ratio:
+        period = naming.save_period_from_ratio(parts.length.num_epochs, cfg.save.save_n_epoch_ratio)
+    return SaveHook(
+        naming.Names(Path(cfg.save.output_dir), cfg.save.output_name),
+        cfg.save.model_copy(update={"save_every_n_epochs": period}),
+        save_model=partial(_on_main, accelerator, writer),
+        save_state=partial(_on_main, accelerator, parts.state.save),
+        flush=meters.flush,
+        is_main=accelerator.is_main_process,
+    )
+
+
+def _preview(run: Run, parts: Parts) -> PreviewHook:
+    cfg, accelerator = run.cfg, run.accelerator
+    return PreviewHook(
+        run.bundle,
+        parts.trained,
+        run.previews,
+        run.preview_conditioning,
+        cfg.preview,
+        Path(cfg.save.output_dir) / "sample",
+        cfg.save.output_name,
+        accelerator.device,
+        text_form(cfg),
+        accelerator.wait_for_everyone,
+        enabled=accelerator.is_main_process,
+    )
+
+
+def _on_main(accelerator: Accelerator, write: Callable[..., None], *arguments: Any) -> None:
+    if accelerator.is_main_process:
+        write(*arguments)
+    accelerator.wait_for_everyone()
+
+
+def _any_rank(accelerator: Accelerator, seen: bool) -> bool:
+    flag = torch.tensor(float(seen), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum").item())
+
+
+def _run_log(cfg: RunConfig) -> RunLog:
+    resumed_step = read_description(Path(cfg.loop.resume))["progress"]["global_step"] if cfg.loop.resume else 0
+    output = Path(cfg.save.output_dir)
+    folder = Path(cfg.loop.logging_dir) if cfg.loop.logging_dir else output / "logs"
+    tensorboard = folder / f"{cfg.loop.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+    return RunLog(output / f"{cfg.save.output_name or 'last'}-log.jsonl", tensorboard, resumed_step=resumed_step)
+
+
+def _metadata(run: Run, parts: Parts) -> dict[str, str]:
+    cfg, data = run.cfg, run.data
+    summary = data.summary()
+    description = meta.RunDescription(
+        session_id=str(uuid.uuid4().int % 2**32),
+        started_at=time.time(),
+        seed=run.seed,
+        optimizer=meta.optimizer_text(parts.optimizer, cfg.optim.optimizer_kwargs()),
+        num_train_images=summary.num_train_images,
+        num_reg_images=summary.num_reg_images,
+        num_validation_images=summary.held_out,
+        num_batches_per_epoch=data.batches_per_epoch,
+        num_epochs=parts.length.num_epochs,
+        max_train_steps=parts.length.total_steps,
+    )
+    return meta.network_metadata(
+        cfg.flat(),
+        description,
+        data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
+        run.trainable.export(None).metadata,
+    )
