@@ -142,7 +142,9 @@ class DataOptions(Group):
         False, "cache the VAE's mean and variance, so that every epoch draws fresh latents", acts=TRAINER | LATENTS
     )
     cache_in_background: bool = option(
-        False, "start training at once and cache each image when it is first used", acts=TRAINER
+        False,
+        "start training at once and cache each image, at all its resolutions, when it is first used",
+        acts=TRAINER,
     )
     cache_text_encoder_outputs: bool = option(
         False,

@@ -129,6 +129,18 @@ def read_pictures(record: ImageRecord, placement: Placement | None = None, *, wi
     return Pictures(image, opaque, control)
 
 
+def cut_plain(pictures: Pictures, record: ImageRecord, placement: Placement) -> Pictures:
+    """The image, not mirrored, and its mask as they are cached: resized and cut to the bucket of `placement`.
+
+    `pictures` are what `read_pictures` gives for a placement of the same `decode_scale`.
+    """
+    crop, filter_name = crop_info(record.size, placement, flipped=False), record.subset.resize_interpolation
+    mask = pictures.mask
+    if mask is not None:
+        mask = apply_crop_to_mask(mask, crop, interpolation=filter_name)
+    return Pictures(apply_crop(pictures.image, crop, interpolation=filter_name), mask)
+
+
 def read_control(record: ImageRecord) -> np.ndarray | None:
     """The condition image of a record, uint8 (H, W, 3); raises UserError when it does not fit or cannot be read."""
     return None if record.control is None else _fitting(record.control, read_image(record.control), record.size)
