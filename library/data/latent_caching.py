@@ -44,7 +44,8 @@ In a pass that keeps moments, moments_B8hw take the place of the latents, and th
 
 @dataclass(frozen=True)
 class LatentCacheOptions:
-    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files.
+    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts what old
+    files were made from.
 
     `place` is where entries on disk lie. With `moments` the posterior's mean and log-variance are kept with the
     latents.
