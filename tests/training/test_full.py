@@ -1,4 +1,4 @@
-"""What the full fine-tune trains: blocks, rates and frozen parts, at full size without weights and on the tiny model."""
+"""What the full fine-tune trains: blocks, rates and frozen parts, at full size and on the tiny model."""
 
 import csv
 import dataclasses
