@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from library.data.batching import RankRows, Row
 from library.data.colours import ColourShift, shift_colours
 from library.data.pixels import cut_control, cut_mask, to_pixels
-from library.data.records import READ_ERRORS, PlacedImage, Skipped
+from library.data.records import READ_ERRORS, ImageRecord, Skipped
 from library.data.sample_draws import Visit, draw_sample
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
@@ -104,19 +104,19 @@ class BatchBuilder(Dataset):
             is_cached=self.latents is not None,
             num_variants=1 if self.text is None else self.text.num_variants(member),
         )
-        sample = self._picture(image, row, crop=crop, colours=colours)
+        sample = self._picture(image.record, row, crop=crop, colours=colours)
         text = None if self.text is None else self.text.get(member, variant=variant, empty=caption == "")
         return replace(sample, caption=caption, text=text)
 
-    def _picture(self, image: PlacedImage, row: Row, *, crop: CropInfo, colours: ColourShift | None) -> Sample:
+    def _picture(self, record: ImageRecord, row: Row, *, crop: CropInfo, colours: ColourShift | None) -> Sample:
         """What a sample shows, without its text; from the cache when there is one."""
-        record, filter_name = image.record, image.record.subset.resize_interpolation
+        filter_name = record.subset.resize_interpolation
         key = SampleKey(record.key, row.repeat)
         if self.latents is not None and not self.latents.awaits(row.image):
             sample = self._cached(key, crop, row, weight=record.weight)
             control_HW3 = read_control(record)
         else:
-            image_HW3, mask_HW, control_HW3 = read_pictures(record, image.placement)
+            image_HW3, mask_HW, control_HW3 = read_pictures(record, crop.resized)
             window_HW3 = apply_crop(image_HW3, crop, interpolation=filter_name)
             pixels = to_pixels(window_HW3 if colours is None else shift_colours(window_HW3, colours))
             mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]

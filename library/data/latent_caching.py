@@ -315,7 +315,7 @@ def _decode(image: PlacedImage) -> Decoded | Skipped:
     record, filter_name = image.record, image.record.subset.resize_interpolation
     try:
         crop = crop_info(record.size, image.placement, flipped=False)
-        pixels, mask, _ = read_pictures(record, image.placement, with_control=False)
+        pixels, mask, _ = read_pictures(record, image.placement.resized, with_control=False)
         if mask is not None:
             mask = apply_crop_to_mask(mask, crop, interpolation=filter_name)
         return Decoded(apply_crop(pixels, crop, interpolation=filter_name), mask)

@@ -92,12 +92,12 @@ def _cut(resized: np.ndarray, crop: CropInfo) -> np.ndarray:
     return np.ascontiguousarray(window)
 
 
-def read_record(record: ImageRecord, placement: Placement | None = None) -> np.ndarray:
-    """The decoded image, uint8 (H, W, 3); with `placement` scaled down as `decode_scale` says.
+def read_record(record: ImageRecord, resized: Size | None = None) -> np.ndarray:
+    """The decoded image, uint8 (H, W, 3); for an image that will be `resized` scaled down as `decode_scale` says.
 
     Raises UserError when it is unreadable or no longer of the scanned size.
     """
-    image = read_picture(record.path, scale=1 if placement is None else decode_scale(record, placement))
+    image = read_picture(record.path, scale=1 if resized is None else decode_scale(record, resized))
     _check_size(image.size, record)
     return image.pixels
 
@@ -113,17 +113,17 @@ class Pictures(NamedTuple):
     control: np.ndarray | None = None
 
 
-def read_pictures(record: ImageRecord, placement: Placement | None = None, *, with_control: bool = True) -> Pictures:
+def read_pictures(record: ImageRecord, resized: Size | None = None, *, with_control: bool = True) -> Pictures:
     """Decode what belongs to a record. Raises UserError as `read_record` does, and when a companion does not fit."""
     control = read_control(record) if with_control else None
     if record.mask is not None:
         mask = _fitting(record.mask, read_mask(record.mask), record.size)
-        return Pictures(read_record(record, placement), mask, control)
+        return Pictures(read_record(record, resized), mask, control)
     if record.subset.alpha_mask and not _is_jpeg(record):
         pixels, alpha = read_image_and_alpha(record.path)
         _check_size(_size_of(pixels), record)
         return Pictures(pixels, alpha, control)
-    image = read_record(record, placement)
+    image = read_record(record, resized)
     # A JPEG has no transparency.
     opaque = np.full(image.shape[:2], 255, dtype=np.uint8) if record.subset.alpha_mask else None
     return Pictures(image, opaque, control)
@@ -154,21 +154,24 @@ def _is_jpeg(record: ImageRecord) -> bool:
     return record.path.lower().endswith((".jpg", ".jpeg"))
 
 
-def decode_scale(record: ImageRecord, placement: Placement) -> int:
-    """By how much the sides of a JPEG are divided while it is decoded: 1, 2, 4 or 8.
+def decode_scale(record: ImageRecord, resized: Size) -> int:
+    """By how much the sides of a JPEG that will be `resized` are divided while it is decoded: 1, 2, 4 or 8.
 
-    The largest that leaves at least two decoded pixels for one of the resized image, so the area filter still does the
-    last half of the work: on noisy photos the result is then within one level (of 255, in the mean) of that of the
-    whole image, and no further from a Lanczos reduction; with fewer pixels the difference doubles. Sides that cannot be
-    divided are rounded; no pixel may move by more than an eighth for it. Other filters take samples of the whole image.
-    The file must be a JPEG by its name. Cached and uncached training decode alike.
+    By 2 whenever both sides shrink by more than 2. By 4 or 8 when that leaves at least two decoded pixels for one of
+    the resized image, so that the area filter still does the last half of the work, and when no pixel moves by more
+    than an eighth because a side that cannot be divided is rounded. (At 1/2 an odd side moves the far edge by up to
+    half a pixel.) What that changes, in levels of 255 against the same resize of the whole image, and what it saves, is
+    measured by benchmarks/scaled_decode.py; docs/differences.md has the figures. Other filters take samples of the
+    whole image. The file must be a JPEG by its name. Cached and uncached training decode alike.
     """
     if not _is_jpeg(record) or record.subset.resize_interpolation not in (None, "area"):
         return 1
-    sides = list(zip(record.size, placement.resized, strict=True))
+    sides = list(zip(record.size, resized, strict=True))
 
     def suits(scale: int) -> bool:
-        moved = [abs(scaled_side(side, scale) * scale - side) * resized / side for side, resized in sides]
-        return max(moved) <= _MOST_MOVED and all(2 * scale * resized <= side for side, resized in sides)
+        if scale == 2:
+            return all(side > 2 * target for side, target in sides)
+        moved = [abs(scaled_side(side, scale) * scale - side) * target / side for side, target in sides]
+        return max(moved) <= _MOST_MOVED and all(side >= 2 * scale * target for side, target in sides)
 
     return max(scale for scale in JPEG_SCALES if scale == 1 or suits(scale))
