@@ -31,6 +31,7 @@ from library.training import metadata as meta
 from library.training.draws import Draws
 from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
 from library.training.metrics import Meters, RunLog
+from library.training.optim import evaluated, evaluation_mode
 from library.training.plan import Schedule, end_text, plan_text, schedule
 from library.training.precision import save_dtype, weight_dtype
 from library.training.preview import PreviewHook
@@ -317,7 +318,7 @@ def _hooks(
         SaveHook(
             names,
             cfg.save.model_copy(update={"save_every_n_epochs": period}),
-            save_model=partial(_on_main, accelerator, writer),
+            save_model=partial(_on_main, accelerator, evaluated(optimizer, writer)),
             save_state=partial(_on_main, accelerator, state.save),
             flush=meter_hook.flush,
             is_main=accelerator.is_main_process,
@@ -336,6 +337,7 @@ def _hooks(
                 accelerator.device,
                 _text_form(cfg),
                 accelerator.wait_for_everyone,
+                weights_to_use=partial(evaluation_mode, optimizer),
                 enabled=accelerator.is_main_process,
             )
         )
