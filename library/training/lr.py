@@ -164,6 +164,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, settings: LrSettings, *, t
             where="--lr_warmup_steps, --lr_decay_steps",
             fix="shorten one of them, or give both as shares such as 10%",
         )
+    if settings.name == "polynomial" and lengths.warmup >= total_steps:  # it would divide by the 0 steps that are left
+        raise UserError(
+            f"the warm-up ({lengths.warmup} steps) leaves nothing of the run ({total_steps}) for the schedule",
+            where="--lr_warmup_steps",
+            fix="shorten it, or give it as a share such as 10%",
+        )
     row = SCHEDULES[settings.name]
     function = import_class(row.function, where="--lr_scheduler", needed_by=settings.name)
     return _made(function, optimizer, {**row.keywords(settings, lengths), **settings.arguments}, settings.name)

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from library.config.choices import LR_SCHEDULERS, TORCH_SCHEDULERS
 from library.errors import UserError
@@ -118,6 +120,30 @@ def test_rex_with_d_zero_is_linear_and_its_ends_hold():
     assert rex_factor(0, warmup=0, total=1) == 1.0
 
 
+@given(
+    total=st.integers(1, 500),
+    warmup=st.integers(0, 100),
+    floor=st.floats(0, 1),
+    d=st.floats(0, 0.99),
+)
+def test_rex_rises_to_one_then_falls_to_its_floor(total, warmup, floor, d):
+    warmup = min(warmup, total - 1)
+    factors = [rex_factor(step, warmup=warmup, total=total, min_ratio=floor, d=d) for step in range(total + 1)]
+    assert factors[warmup] == 1.0 and factors[total] == pytest.approx(floor)
+    assert factors[: warmup + 1] == sorted(factors[: warmup + 1])
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(factors[warmup:], factors[warmup + 1 :]))
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_a_warm_up_as_long_as_the_run_can_be_stepped_to_the_end(name):
+    if CLOSED_FORMS[name][0].get("warmup") == 0 or name == "polynomial":
+        return
+    settings = LrSettings(name=name, **{**CLOSED_FORMS[name][0], "warmup": 1.0, "decay": 0})
+    scheduler = build_scheduler(optimizer := _optimizer(), settings, total_steps=TOTAL)
+    rates = [unet for (unet, _), _ in _run(scheduler, optimizer, TOTAL)]
+    assert rates == sorted(rates) and rates[-1] <= 0.5
+
+
 def _run(scheduler, optimizer, steps):
     rates = []
     for _ in range(steps):
@@ -181,6 +207,7 @@ def test_a_class_takes_the_place_of_the_name():
         (LrSettings(warmup=5), "constant schedule has no warm-up"),
         (LrSettings(name="adafactor"), "this optimizer does not set one"),
         (LrSettings(name="warmup_stable_decay", warmup=30, decay=0.5), "longer than the run"),
+        (LrSettings(name="polynomial", warmup=1.0), "leaves nothing of the run"),
         (LrSettings(name="rex", arguments={"d": 1.0}), "less than 1"),
         (LrSettings(name="linear", arguments={"colour": 1}), "colour"),
         (LrSettings(name="piecewise_constant", arguments={"step_rules": "a:b"}), "refuses its settings"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.config.choices import OPTIMIZERS
+from library.config.choices import LR_SCHEDULERS, OPTIMIZERS, ROOT
 from library.errors import UserError
 from library.training import optim
 from library.training.optim import build_optimizer, effective_rates
@@ -184,3 +184,8 @@ def test_max_norm_zero_means_no_clipping():
     update.params[0].grad = torch.full_like(update.params[0], 7.0)
     update()
     assert torch.allclose(update.params[0], torch.full((64, 80), -6.0))
+
+
+def test_the_page_names_every_optimizer_and_schedule():
+    page = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    assert [name for name in (*OPTIMIZERS, *LR_SCHEDULERS) if f"`{name}`" not in page] == []
