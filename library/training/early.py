@@ -18,7 +18,7 @@ from library.log import get_logger
 from library.models import attention
 from library.sizes import Size
 from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
-from library.training.optim import build_optimizer
+from library.training.optim import build_optimizer, try_out
 from library.training.state import read_description
 from library.training.trainable import ParamGroup
 
@@ -41,7 +41,10 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
             fix="name a folder that you may write to",
         ) from error
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
-    trial = optimizer(cfg, [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=accelerator.device))  # some optimizers take matrices only
+    trial = optimizer(cfg, [{"name": "trial", "params": [weight], "lr": 1.0}])
+    if "." in cfg.optim.optimizer_type:
+        try_out(trial)
     scheduler(cfg, trial, total_steps=NOT_KNOWN_YET if cfg.loop.max_train_epochs else cfg.loop.max_train_steps)
 
 

@@ -7,7 +7,6 @@ or transformers; spec page "flags" says which numbers sd-scripts gives them.
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from library.errors import UserError
-from library.training.optim import import_class
+from library.training.optim import check_plain_data, import_class
 
 if TYPE_CHECKING:
     from library.config.optim import OptimOptions
@@ -214,23 +213,8 @@ def _by_class(optimizer: torch.optim.Optimizer, settings: LrSettings, total_step
             where=where,
             fix=f'set lr_scheduler_args = ["total_steps={total_steps}"]',
         )
-    _check_state(scheduler, path, where)
+    check_plain_data(scheduler.state_dict(), path, where=where)
     return scheduler
-
-
-def _check_state(scheduler: Any, path: str, where: str) -> None:
-    """A training state is read without running code from it; a class that cannot be saved so is refused at once."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(scheduler.state_dict(), buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception as error:  # pickle raises whatever the objects inside do
-        raise UserError(
-            f"the state of {path} cannot be saved and read back as plain data: {error}",
-            where=where,
-            fix="use a schedule whose state_dict holds numbers, texts and tensors",
-        ) from error
 
 
 def rex_factor(step: int, *, warmup: int, total: int, min_ratio: float = 0.0, d: float = 0.5) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,42 @@ def build_optimizer(
     if _has_two_modes(optimizer):
         optimizer.train()
     return optimizer
+
+
+def try_out(optimizer: torch.optim.Optimizer) -> None:
+    """One step over made-up gradients, and its state to a file and back, before anything is loaded.
+
+    For classes of the user's choice: some need a closure or sparse gradients, and some keep objects in their state that
+    a training state, which is read without running code from it, cannot hold. Raises UserError.
+    """
+    cls = type(optimizer)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except Exception as error:  # classes of many libraries, each with errors of its own
+        raise UserError(
+            f"{cls.__module__}.{cls.__qualname__} cannot make a plain step: {error}",
+            where=WHERE,
+            fix="use an optimizer whose step() needs dense gradients only",
+        ) from error
+    check_plain_data(optimizer.state_dict(), f"{cls.__module__}.{cls.__qualname__}", where=WHERE)
+
+
+def check_plain_data(state: Mapping[str, Any], name: str, *, where: str) -> None:
+    """Raises UserError unless `state` can be saved and read back without running code from the file."""
+    file = io.BytesIO()
+    try:
+        torch.save(dict(state), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle raises whatever the objects inside do
+        raise UserError(
+            f"the state of {name} cannot be saved and read back as plain data: {error}",
+            where=where,
+            fix="use one whose state_dict holds numbers, texts and tensors",
+        ) from error
 
 
 def import_class(path: str, *, where: str, needed_by: str) -> Any:

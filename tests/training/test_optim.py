@@ -6,7 +6,7 @@ import torch
 from library.config.choices import LR_SCHEDULERS, OPTIMIZERS, ROOT
 from library.errors import UserError
 from library.training import optim
-from library.training.optim import build_optimizer, effective_rates
+from library.training.optim import build_optimizer, effective_rates, try_out
 from library.training.optimizer_table import ROWS
 from library.training.update import GuardedUpdate
 
@@ -148,6 +148,32 @@ def test_adafactor_uses_relative_steps_unless_told_otherwise():
 def test_wrong_optimizers_are_named(kind, arguments, word):
     with pytest.raises(UserError, match=word):
         _build(kind, arguments)
+
+
+class Unsaveable(torch.optim.SGD):
+    """Its state holds an object of a class that plain data does not have."""
+
+    def state_dict(self):
+        return {**super().state_dict(), "self": Unsaveable}
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("torch.optim.LBFGS", "cannot make a plain step: .*closure"),
+        ("torch.optim.SparseAdam", "cannot make a plain step: "),
+        (f"{__name__}.Unsaveable", "cannot be saved and read back"),
+    ],
+)
+def test_classes_that_cannot_work_are_found_by_trying_them(kind, word):
+    optimizer = _build(kind, groups=[{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1.0}])
+    with pytest.raises(UserError, match=word):
+        try_out(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["torch.optim.Muon", "torch.optim.Adafactor", "pytorch_optimizer.AdaBelief"])
+def test_classes_that_can_work_pass_the_trial(kind):
+    try_out(_build(kind))
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted_and_leaves_no_trace():
