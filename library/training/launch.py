@@ -31,7 +31,7 @@ from library.training import metadata as meta
 from library.training.draws import Draws
 from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
 from library.training.metrics import Meters, RunLog
-from library.training.optim import evaluated, evaluation_mode
+from library.training.optim import check_resumed, evaluated, evaluation_mode, noted_classes
 from library.training.plan import Schedule, end_text, plan_text, schedule
 from library.training.precision import save_dtype, weight_dtype
 from library.training.preview import PreviewHook
@@ -111,7 +111,9 @@ def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer
         return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
 
     asked = rates()
+    built = noted_classes(optimizer)
     sentences = state.load(folder)
+    check_resumed(optimizer, built, where=f"--resume {folder}")
     if rates() != asked:
         sentences.append(
             f"the learning rates are the state's {rates()}, not {asked} of this run; to change them, start from its "

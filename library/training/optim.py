@@ -50,9 +50,34 @@ def build_optimizer(
             where="--optimizer_args",
             fix="remove or correct the argument named above",
         ) from error
+    for group in optimizer.param_groups:
+        group["class"] = _class_path(optimizer)  # goes into the training state with the group
     if _has_two_modes(optimizer):
         optimizer.train()
     return optimizer
+
+
+def noted_classes(optimizer: Any) -> set[str]:
+    """The classes that `build_optimizer` noted in the groups; a loaded state brings its own."""
+    return {group["class"] for group in optimizer.param_groups if "class" in group}
+
+
+def check_resumed(optimizer: Any, built: set[str], *, where: str) -> None:
+    """Raises UserError when the state that was loaded is of another class: names of state are alike, meanings not.
+
+    built: `noted_classes` before the state was loaded.
+    """
+    saved = noted_classes(optimizer)
+    if saved and saved != built:
+        raise UserError(
+            f"the state is of the optimizer {', '.join(sorted(saved))}, this run has {', '.join(sorted(built))}",
+            where=where,
+            fix="resume with the optimizer_type that the state was saved with, or start from its weights",
+        )
+
+
+def _class_path(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def try_out(optimizer: torch.optim.Optimizer) -> None:
@@ -61,7 +86,6 @@ def try_out(optimizer: torch.optim.Optimizer) -> None:
     For classes of the user's choice: some need a closure or sparse gradients, and some keep objects in their state that
     a training state, which is read without running code from it, cannot hold. Raises UserError.
     """
-    cls = type(optimizer)
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.ones_like(param)
@@ -69,11 +93,11 @@ def try_out(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     except Exception as error:  # classes of many libraries, each with errors of its own
         raise UserError(
-            f"{cls.__module__}.{cls.__qualname__} cannot make a plain step: {error}",
+            f"{_class_path(optimizer)} cannot make a plain step: {error}",
             where=WHERE,
             fix="use an optimizer whose step() needs dense gradients only",
         ) from error
-    check_plain_data(optimizer.state_dict(), f"{cls.__module__}.{cls.__qualname__}", where=WHERE)
+    check_plain_data(optimizer.state_dict(), _class_path(optimizer), where=WHERE)
 
 
 def check_plain_data(state: Mapping[str, Any], name: str, *, where: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from library.config.choices import OPTIMIZERS, TORCH_OPTIMIZERS
-from library.training.optim import build_optimizer
+from library.errors import UserError
+from library.training.optim import build_optimizer, check_resumed, noted_classes
 from library.training.state import _load_into
 from library.training.update import GuardedUpdate
 
@@ -51,7 +52,9 @@ def check_resume(kind: str, dtype: torch.dtype, device: str) -> None:
         for param, value in zip(resumed.params, weights, strict=True):
             param.copy_(value)
     file.seek(0)
+    built = noted_classes(resumed.optimizer)
     _load_into(resumed.optimizer, torch.load(file, weights_only=True), where="optimizer.pt")
+    check_resumed(resumed.optimizer, built, where="--resume x")
     _steps(resumed, 3, 7)
     assert all(torch.equal(a, b) for a, b in zip(whole.params, resumed.params, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(whole.params[:1], start))
@@ -70,3 +73,22 @@ def check_resume(kind: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, *TORCH_OPTIMIZERS])
 def test_resume_is_exact(kind, dtype):
     check_resume(kind, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("saved", "run"), [("AdamW", "NAdam"), ("AdamW", "Lion"), ("AdamW8bit", "AdEMAMix8bit")])
+def test_a_state_of_another_optimizer_is_refused(saved, run):
+    first, second = _build(saved, torch.float32, "cpu"), _build(run, torch.float32, "cpu")
+    _steps(first, 0, 2)
+    built = noted_classes(second.optimizer)
+    with pytest.raises(UserError, match="the state is of the optimizer|does not fit this run"):
+        _load_into(second.optimizer, first.optimizer.state_dict(), where="optimizer.pt")
+        check_resumed(second.optimizer, built, where="--resume x")
+
+
+def test_a_state_from_before_classes_were_noted_is_taken():
+    first, second = _build("AdamW", torch.float32, "cpu"), _build("AdamW", torch.float32, "cpu")
+    state = first.optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["class"]
+    second.optimizer.load_state_dict(state)
+    check_resumed(second.optimizer, noted_classes(first.optimizer), where="--resume x")
