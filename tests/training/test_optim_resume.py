@@ -80,7 +80,7 @@ def test_a_state_of_another_optimizer_is_refused(saved, run):
     first, second = _build(saved, torch.float32, "cpu"), _build(run, torch.float32, "cpu")
     _steps(first, 0, 2)
     built = noted_classes(second.optimizer)
-    with pytest.raises(UserError, match="the state is of the optimizer|does not fit this run"):
+    with pytest.raises(UserError, match=r"the state is of the optimizer|does not fit this run"):
         _load_into(second.optimizer, first.optimizer.state_dict(), where="optimizer.pt")
         check_resumed(second.optimizer, built, where="--resume x")
 
