@@ -17,8 +17,8 @@ from library.inference.samplers import make_scheduler
 from library.log import get_logger
 from library.models import attention
 from library.sizes import Size
-from library.training.lr import build_scheduler
-from library.training.optim import build_optimizer
+from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
+from library.training.optim import build_optimizer, try_out
 from library.training.state import read_description
 from library.training.trainable import ParamGroup
 
@@ -41,8 +41,11 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
             fix="name a folder that you may write to",
         ) from error
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
-    trial = optimizer(cfg, [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
-    scheduler(cfg, trial, total_steps=1000)
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=accelerator.device))  # some optimizers take matrices only
+    trial = optimizer(cfg, [{"name": "trial", "params": [weight], "lr": 1.0}])
+    if "." in cfg.optim.optimizer_type:
+        try_out(trial)
+    scheduler(cfg, trial, total_steps=NOT_KNOWN_YET if cfg.loop.max_train_epochs else cfg.loop.max_train_steps)
 
 
 def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:
@@ -71,7 +74,7 @@ def optimizer(cfg: RunConfig, groups: Sequence[ParamGroup]) -> torch.optim.Optim
     """The run's optimizer over `groups`."""
     return build_optimizer(
         groups,
-        optimizer_type="AdamW8bit" if cfg.optim.use_8bit_adam else cfg.optim.optimizer_type,
+        optimizer_type=cfg.optim.optimizer_type,
         learning_rate=cfg.optim.learning_rate,
         arguments=cfg.optim.optimizer_kwargs(),
     )
@@ -79,12 +82,4 @@ def optimizer(cfg: RunConfig, groups: Sequence[ParamGroup]) -> torch.optim.Optim
 
 def scheduler(cfg: RunConfig, of: torch.optim.Optimizer, *, total_steps: int) -> Any:
     """The run's learning-rate schedule over `total_steps` optimizer steps."""
-    return build_scheduler(
-        of,
-        name=cfg.optim.lr_scheduler,
-        total_steps=total_steps,
-        warmup=cfg.optim.lr_warmup_steps,
-        num_cycles=cfg.optim.lr_scheduler_num_cycles,
-        power=cfg.optim.lr_scheduler_power,
-        arguments=cfg.optim.scheduler_kwargs(),
-    )
+    return build_scheduler(of, lr_settings(cfg.optim), total_steps=total_steps)

@@ -17,6 +17,7 @@ from library.training import naming
 from library.training.hooks import Hook
 from library.training.log_hooks import DrainHook, LogHook
 from library.training.metrics import RunLog
+from library.training.optim import evaluated, evaluation_mode
 from library.training.precision import save_dtype
 from library.training.prepare import text_form
 from library.training.preview import PreviewHook
@@ -56,7 +57,7 @@ def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
     return SaveHook(
         naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, "" if is_folder else ".safetensors"),
         cfg.save.model_copy(update={"save_every_n_epochs": period}),
-        save_model=partial(_on_main, accelerator, writer),
+        save_model=partial(_on_main, accelerator, evaluated(parts.optimizer, writer)),
         save_state=partial(_on_main, accelerator, parts.state.save),
         flush=meters.flush,
         is_main=accelerator.is_main_process,
@@ -85,6 +86,7 @@ def _preview(run: Run, parts: Parts) -> PreviewHook:
         accelerator.device,
         text_form(cfg),
         accelerator.wait_for_everyone,
+        weights_to_use=partial(evaluation_mode, parts.optimizer),
         enabled=accelerator.is_main_process,
     )
 

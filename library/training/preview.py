@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,10 @@ class PreviewHook:
     """Generates the prompts of `--sample_prompts` with the weights as they are.
 
     trained: the module that owns the trained parameters; it leaves training mode for the pictures, or its dropout would
-    show in them. conditioning: the encoded prompts when the text encoders do not change, else None (encoded anew each
-    time). enabled: whether this process makes the pictures; the others wait for it. Pictures draw from generators of
-    their own, so that training numbers do not depend on them.
+    show in them. weights_to_use: a context in which these parameters have the values to show. conditioning: the encoded
+    prompts when the text encoders do not change, else None (encoded anew each time). enabled: whether this process
+    makes the pictures; the others wait for it. Pictures draw from generators of their own, so that training numbers do
+    not depend on them.
     """
 
     bundle: ModelBundle
@@ -64,6 +66,7 @@ class PreviewHook:
     device: torch.device
     text_form: TextForm
     wait: Callable[[], None]
+    weights_to_use: Callable[[], AbstractContextManager] = nullcontext
     enabled: bool = True
 
     def __call__(self, event: Event, view: View) -> None:
@@ -81,7 +84,7 @@ class PreviewHook:
             self.folder.mkdir(parents=True, exist_ok=True)
             for module in modules:
                 module.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self.weights_to_use():
                 pictures = inference.generate(
                     self.bundle,
                     self.requests,

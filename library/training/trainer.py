@@ -14,6 +14,7 @@ from library.data.types import Batch, StepGroup
 from library.seeds import derive_seed
 from library.training.draws import Draws
 from library.training.hooks import Event, Hook, View
+from library.training.optim import effective_rates
 from library.training.state import Progress
 from library.training.trainable import Trainable
 from library.training.update import GuardedUpdate
@@ -107,14 +108,14 @@ class Trainer:
             loss_sum = loss_sum + out.loss.detach() * share
             not_finite = not_finite + out.not_finite
         norm = self.update()
-        rates = self.scheduler.get_last_lr()
+        rates, groups = self.scheduler.get_last_lr(), self.update.optimizer.param_groups
+        lr = {f"lr/{group['name']}": rate for group, rate in zip(groups, rates, strict=True)} | effective_rates(groups)
         self.scheduler.step()
         loss_sum, not_finite = self._over_ranks(torch.stack([loss_sum, not_finite]))
         scalars = {"loss": loss_sum, "grad_norm": norm, "not_finite": not_finite, **self.trainable.after_step()}
         progress.advance(group.samples)
         facts = {"step": progress.global_step, "epoch": progress.epoch + 1}
-        names = [group["name"] for group in self.update.optimizer.param_groups]
-        self.view.meters.update({**facts, **{f"lr/{n}": r for n, r in zip(names, rates, strict=True)}}, scalars)
+        self.view.meters.update({**facts, **lr}, scalars)
         self._fire(Event.STEP)
 
     def _draw(self, batch: Batch):

@@ -26,10 +26,39 @@ TRAINER_CASES = [
         "in_json and reg_data_dir cannot be used together",
     ),
     ("one_optimizer", {"use_8bit_adam": True, "optimizer_type": "AdamW"}, "name two optimizers"),
+    ("one_optimizer", {"use_8bit_adam": True, "use_lion_optimizer": True}, "name two optimizers"),
+    ("one_optimizer", {"use_lion_optimizer": True, "optimizer_type": "Lion8bit"}, "name two optimizers"),
     ("constant_has_no_warmup", {"lr_warmup_steps": 10}, "constant has no warm-up"),
+    ("classes_have_no_warmup", {"lr_scheduler_type": "StepLR", "lr_warmup_steps": 10}, "no warm-up of its own"),
     ("piecewise_needs_rules", {"lr_scheduler": "piecewise_constant"}, "needs step_rules"),
-    ("schedulers_that_are_not_there", {"lr_scheduler_min_lr_ratio": 0.1}, "not supported yet"),
-    ("schedulers_that_are_not_there", {"lr_decay_steps": 10}, "not supported yet"),
+    ("floor_is_given", {"lr_scheduler": "cosine_with_min_lr"}, "needs a floor"),
+    (
+        "floor_is_given",
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1, "lr_scheduler_args": ["min_lr=1e-6"]},
+        "names its floor 2 times",
+    ),
+    ("adafactor_sets_the_rate", {"lr_scheduler": "adafactor"}, "only with the relative steps of Adafactor"),
+    (
+        "adafactor_sets_the_rate",
+        {"lr_scheduler": "adafactor", "optimizer_type": "Adafactor", "optimizer_args": ["relative_step=False"]},
+        "only with the relative steps of Adafactor",
+    ),
+    (
+        "one_rate_for_all",
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "text_encoder_lr": [0.5]},
+        "takes one learning rate",
+    ),
+    (
+        "one_rate_for_all",
+        {"optimizer_type": "prodigyopt.Prodigy", "network_train_unet_only": False, "unet_lr": 1.0},
+        "takes one learning rate",
+    ),
+    ("one_rate_for_all", {"optimizer_type": "DAdaptLion", "text_encoder_lr": [1.0, 0.5]}, "takes one learning rate"),
+    (
+        "d_adapt_sgd_starts_at_full_rate",
+        {"optimizer_type": "DAdaptSGD", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.1},
+        "rate 0 of a warm-up",
+    ),
     (
         "something_is_trained",
         {"network_train_unet_only": True, "network_train_text_encoder_only": True},
@@ -119,6 +148,14 @@ def test_every_rule_has_a_case():
         {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "caption_dropout_rate": 0.1},
         {"use_8bit_adam": True},
         {"use_8bit_adam": True, "optimizer_type": "AdamW8bit"},
+        {"use_lion_optimizer": True},
+        {"optimizer_type": "Adafactor", "lr_scheduler": "adafactor"},
+        {"optimizer_type": "AdamWScheduleFree", "lr_warmup_steps": 10, "lr_scheduler": "cosine_with_min_lr"},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "text_encoder_lr": [0.5], "network_train_unet_only": True},
+        {"optimizer_type": "Prodigy", "unet_lr": 1.0, "text_encoder_lr": [1.0]},
+        {"optimizer_type": "ProdigyPlusScheduleFree", "unet_lr": 1.0, "text_encoder_lr": [0.5]},
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": ["min_lr=1e-6"], "lr_warmup_steps": 10},
+        {"lr_scheduler": "rex", "lr_scheduler_min_lr_ratio": 0.1, "lr_warmup_steps": "10%"},
         {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.1},
         {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ['step_rules="1:10,0.1"']},
         {"min_timestep": 499, "max_timestep": 500},
@@ -175,6 +212,28 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
         ({"clip_skip": 2}, "clip_skip is only recorded"),
         ({"max_train_steps": 10, "max_train_epochs": 1}, "max_train_steps is ignored"),
         ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles has no effect"),
+        ({"lr_scheduler_power": 2.0, "lr_scheduler": "cosine"}, "lr_scheduler_power has no effect"),
+        ({"lr_scheduler_timescale": 7}, "lr_scheduler_timescale has no effect"),
+        ({"lr_scheduler_min_lr_ratio": 0.1, "lr_scheduler": "cosine"}, "lr_scheduler_min_lr_ratio has no effect"),
+        ({"lr_decay_steps": 5, "lr_scheduler_type": "StepLR"}, "lr_decay_steps has no effect"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_type": "LinearLR"}, "lr_scheduler is ignored"),
+        ({"lr_scheduler": "warmup_stable_decay"}, "lr_scheduler warmup_stable_decay never decays"),
+        ({"optimizer_type": "Adafactor", "lr_scheduler": "cosine"}, "lr_scheduler has no effect: Adafactor"),
+        ({"optimizer_type": "Adafactor", "lr_decay_steps": 5}, "lr_decay_steps has no effect: Adafactor"),
+        ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"}, "lr_scheduler has no effect: AdamW"),
+        ({"optimizer_type": "SGDScheduleFree", "lr_warmup_steps": 5}, "lr_warmup_steps has no effect: SGD"),
+        ({"optimizer_type": "pytorch_optimizer.ScheduleFreeAdamW", "lr_scheduler": "linear"}, "lr_scheduler has no"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1e-4}, "learning rate 0.0001 is low for Prodigy"),
+        ({"optimizer_type": "DAdaptation", "learning_rate": 0.1}, "learning rate 0.1 is low for DAdaptation"),
+        (
+            {"optimizer_type": "Prodigy", "lr_scheduler": "cosine", "lr_warmup_steps": 5},
+            "Prodigy may overestimate its step size",
+        ),
+        (
+            {"optimizer_type": "Prodigy", "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2},
+            "restarts are known to fail with Prodigy",
+        ),
+        ({"optimizer_type": "SGDNesterov8bit"}, "SGDNesterov8bit makes steps of plain momentum"),
         ({"network_train_unet_only": True, "text_encoder_lr": [1e-4]}, "text_encoder_lr has no effect"),
         ({"network_train_text_encoder_only": True, "unet_lr": 1e-4}, "unet_lr has no effect"),
         ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, "save_every_n_epochs is ignored"),
@@ -195,6 +254,45 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
 def test_settings_that_do_nothing_are_told(complete, changes, start):
     notices = make_config("sdxl_train_network", **complete, **changes).notices
     assert any(notice.startswith(start) for notice in notices)
+
+
+def test_the_older_name_of_lion_is_lion(complete):
+    assert make_config("sdxl_train_network", **complete, use_lion_optimizer=True).optim.optimizer_type == "Lion"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer_type": "Adafactor", "lr_scheduler": "adafactor"},
+        {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant", "optimizer_args": ["warmup_steps=9"]},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "lr_scheduler": "cosine"},
+        {
+            "optimizer_type": "Prodigy",
+            "learning_rate": 1.0,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 5,
+            "optimizer_args": ["safeguard_warmup=True"],
+        },
+        {"optimizer_type": "ProdigyPlusScheduleFree", "unet_lr": 1.0, "network_train_unet_only": True},
+        {
+            "optimizer_type": "ProdigyPlusScheduleFree",
+            "learning_rate": 1.0,
+            "optimizer_args": ["use_schedulefree=False"],
+            "lr_scheduler": "cosine",
+        },
+        {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3, "lr_warmup_steps": 5},
+        {
+            "lr_scheduler": "warmup_stable_decay",
+            "lr_decay_steps": "20%",
+            "lr_scheduler_min_lr_ratio": 0.1,
+            "lr_scheduler_num_cycles": 2,
+        },
+        {"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR", "lr_scheduler_args": ["step_size=5"]},
+    ],
+)
+def test_rates_and_schedules_that_fit_need_no_notice(complete, changes):
+    assert make_config("sdxl_train_network", **complete, **changes).notices == []
 
 
 @pytest.mark.parametrize(
