@@ -26,7 +26,7 @@ from library.models import attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
 from library.plugins import load_plugin
-from library.training import early, naming
+from library.training import early, naming, prediction
 from library.training import metadata as meta
 from library.training.draws import Draws
 from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
@@ -124,7 +124,7 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
     """Data, previews and base model, checked in the order of what costs least; caches are built."""
     seed = early.agreed_seed(cfg, accelerator)
     specs = dataset_specs(cfg)
-    previews = early.preview_requests(cfg, specs[0].resolution)
+    previews = early.preview_requests(cfg, specs[0].resolution, prediction.early_decision(cfg))
     tokenizer, max_token_length, weighted = load_tokenizer(), cfg.model.max_token_length, cfg.model.weighted_captions
     data = build_train_data(
         specs,
@@ -150,25 +150,12 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
             vae_dtype=torch.float32 if cfg.model.no_half_vae else dtype,
             disable_mmap=cfg.model.disable_mmap_load_safetensors,
         )
-    _check_prediction_type(cfg, bundle)
+    prediction.settle(cfg, bundle)
     memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
     attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
     run = Run(cfg, accelerator, trainable, seed, data, bundle, False, False, previews, None)
     _fill_caches(run)
     return run
-
-
-def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:
-    wanted = "v_prediction" if cfg.model.v_parameterization else None
-    if wanted and bundle.prediction_type != wanted:
-        log.info("training with v-prediction, as --v_parameterization says")
-        bundle.prediction_type = wanted
-    elif bundle.prediction_type == "v_prediction" and not cfg.model.v_parameterization:
-        raise UserError(
-            "the checkpoint is a v-prediction model",
-            where=f"--pretrained_model_name_or_path {cfg.model.pretrained_model_name_or_path}",
-            fix="add --v_parameterization",
-        )
 
 
 def _text_form(cfg: RunConfig) -> TextForm:
@@ -376,7 +363,7 @@ def _metadata(run: Run, optimizer: Any, length: Schedule) -> dict[str, str]:
         max_train_steps=length.total_steps,
     )
     return meta.network_metadata(
-        cfg.flat(),
+        prediction.effective(cfg.flat(), run.bundle),
         description,
         data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
         run.trainable.export(None).metadata,
