@@ -139,10 +139,10 @@ def asked_for(cfg: RunConfig) -> Asked:
 def early_decision(cfg: RunConfig) -> Decision:
     """The decision from the checkpoint's header alone, before its weights are read; nothing is logged.
 
-    A checkpoint whose header cannot be read alone is taken for one that says nothing, and judged by `settle` later.
+    Where the header cannot be read alone nothing is judged yet, and the model is taken for the most common one.
     """
-    stated = checkpoint.read_stated(cfg.model.pretrained_model_name_or_path or "") or Stated()
-    return _decided(cfg, stated)
+    stated = checkpoint.read_stated(cfg.model.pretrained_model_name_or_path or "")
+    return Decision("epsilon") if stated is None else _decided(cfg, stated)
 
 
 def settle(cfg: RunConfig, bundle: ModelBundle) -> None:
