@@ -62,12 +62,15 @@ def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:
 def preview_requests(cfg: RunConfig, size: Size, decision: Decision) -> list[GenRequest]:
     """The sample pictures of `--sample_prompts`; those that name no size get `size`.
 
-    A sampler that cannot do so many steps, or cannot draw what `decision` trains, is known before the model is loaded.
+    Where no sampler is named at all, rectified flow is drawn by Euler's method, since euler_a cannot draw it. A sampler
+    that cannot do so many steps, or cannot draw what `decision` trains, is known before the model is loaded.
     """
     if not cfg.preview.sample_prompts:
         return []
-    requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
     kind = decision.prediction_type
+    plain_flow = kind == "rectified_flow" and not cfg.is_given("sample_sampler")
+    sampler = "euler" if plain_flow else cfg.preview.sample_sampler
+    requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=sampler)
     table = schedule_for(kind, zero_terminal_snr=decision.zero_terminal_snr, flow_shift=decision.flow_shift)
     for request in requests:
         make_scheduler(request.sampler, prediction_type=kind, steps=request.steps, schedule=table)
