@@ -110,8 +110,8 @@ def markers_of(prediction_type: PredictionType, schedule: NoiseSchedule) -> dict
 
 def header_of(prediction_type: PredictionType, schedule: NoiseSchedule) -> dict[str, str]:
     """The header entries of a single file: the type as modelspec spells it, and a flow's shift."""
-    spelled = "v" if prediction_type == "v_prediction" else prediction_type
-    header = {"modelspec.prediction_type": spelled}
+    spelled: str = "v" if prediction_type == "v_prediction" else prediction_type
+    header: dict[str, str] = {"modelspec.prediction_type": spelled}
     if prediction_type == "rectified_flow":
         header[FLOW_SHIFT] = f"{flow_shift_of(schedule):g}"
     return header
