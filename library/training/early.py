@@ -16,6 +16,7 @@ from library.inference.prompt_line import GenRequest, read_prompt_file
 from library.inference.samplers import make_scheduler
 from library.log import get_logger
 from library.models import attention
+from library.models.prediction import schedule_for
 from library.sizes import Size
 from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
 from library.training.optim import build_optimizer, try_out
@@ -24,6 +25,7 @@ from library.training.trainable import ParamGroup
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
+    from library.training.prediction import Decision
 
 log = get_logger(__name__)
 
@@ -60,13 +62,21 @@ def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:
     return chosen[0]
 
 
-def preview_requests(cfg: RunConfig, size: Size) -> list[GenRequest]:
-    """The sample pictures of `--sample_prompts`; those that name no size get `size`."""
+def preview_requests(cfg: RunConfig, size: Size, decision: Decision) -> list[GenRequest]:
+    """The sample pictures of `--sample_prompts`; those that name no size get `size`.
+
+    Where no sampler is named at all, rectified flow is drawn by Euler's method, since euler_a cannot draw it. A sampler
+    that cannot do so many steps, or cannot draw what `decision` trains, is known before the model is loaded.
+    """
     if not cfg.preview.sample_prompts:
         return []
-    requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
-    for request in requests:  # a sampler that cannot do so many steps is known before the model is loaded
-        make_scheduler(request.sampler, prediction_type="epsilon", steps=request.steps)
+    kind = decision.prediction_type
+    plain_flow = kind == "rectified_flow" and not cfg.is_given("sample_sampler")
+    sampler = "euler" if plain_flow else cfg.preview.sample_sampler
+    requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=sampler)
+    table = schedule_for(kind, zero_terminal_snr=decision.zero_terminal_snr, flow_shift=decision.flow_shift)
+    for request in requests:
+        make_scheduler(request.sampler, prediction_type=kind, steps=request.steps, schedule=table)
     return requests
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from library.training import metadata as meta
-from library.training import naming
+from library.training import naming, prediction
 from library.training.hooks import Hook
 from library.training.log_hooks import DrainHook, LogHook
 from library.training.metrics import RunLog
@@ -126,7 +126,7 @@ def _metadata(run: Run, parts: Parts, own: dict[str, str]) -> dict[str, str]:
         max_train_steps=parts.length.total_steps,
     )
     return meta.network_metadata(
-        cfg.flat(),
+        prediction.effective(cfg.flat(), run.bundle),
         description,
         data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
         own,

@@ -45,6 +45,7 @@ SAME_NAME = (
     "prior_loss_weight",
     "validation_seed",
     "validation_split",
+    "zero_terminal_snr",
 )
 
 
@@ -63,7 +64,6 @@ NOT_USED = {
         "multires_noise_discount": None,
         "ip_noise_gamma": None,
         "ip_noise_gamma_random_strength": False,
-        "zero_terminal_snr": False,
         "min_snr_gamma": None,
         "debiased_estimation": False,
         "scale_weight_norms": None,

@@ -65,8 +65,9 @@ class TrainStep(nn.Module):
         self.trainable = trainable
         self.elementwise_loss = elementwise_loss
         self.mask_by_area = mask_by_area
-        # A buffer, so that it moves to the device with the module; float64, so that it keeps its precision.
-        self.register_buffer("alphas_cumprod_N", bundle.schedule.alphas_cumprod_N, persistent=False)
+        # Buffers, so that they move to the device with the module; float64, so that they keep their precision.
+        for name, table in bundle.schedule.tables().items():
+            self.register_buffer(name, table, persistent=False)
         frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
         buffers = [name for name, _ in self.named_buffers()]
         # Frozen weights are equal on all ranks because they came from one file: broadcasting gigabytes of them when
@@ -80,10 +81,10 @@ class TrainStep(nn.Module):
         latents = torch.where(finite_B.view(-1, 1, 1, 1), latents, 0.0)
         weight_B = batch.weight_B * finite_B
         text = self._text(batch)
-        schedule = NoiseSchedule(self.alphas_cumprod_N)
+        schedule = NoiseSchedule(self.signal_N, self.sigma_N, self.timesteps_N)
         noisy = schedule.add_noise(latents, draw.noise_BChw, draw.t_B)
         with self.trainable.forward_scope(batch):
-            prediction = sdxl.predict(self.unet, noisy, draw.t_B, text, batch.sizes_B6)
+            prediction = sdxl.predict(self.unet, noisy, schedule.timestep(draw.t_B), text, batch.sizes_B6)
         target = training_target(
             self.bundle.prediction_type, schedule=schedule, x0=latents, noise=draw.noise_BChw, t=draw.t_B
         )

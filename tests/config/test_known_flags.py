@@ -66,7 +66,7 @@ def test_files_of_other_programs_are_full_of_defaults(run_toml, toml_text):
     ("argv", "what"),
     [
         (["--noise_offset", "0.1"], "--noise_offset is not supported yet"),
-        (["--zero_terminal_snr"], "--zero_terminal_snr is not supported yet"),
+        (["--v_pred_like_loss", "0.1"], "--v_pred_like_loss is not supported yet"),
         (["--base_weights", "a", "b"], "--base_weights is not supported yet"),
         (["--t5xxl=a"], "--t5xxl only acts for other model families"),
         (["--v2"], "--v2 is for Stable Diffusion 2"),

@@ -8,6 +8,18 @@ from library.errors import UserError
 
 TRAINER_CASES = [
     ("model_is_named", {"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path is missing"),
+    (
+        "one_prediction_type",
+        {"prediction_type": "epsilon", "v_parameterization": True},
+        "name two prediction types",
+    ),
+    (
+        "flow_has_no_terminal_snr",
+        {"prediction_type": "rectified_flow", "zero_terminal_snr": True},
+        "zero_terminal_snr cannot act on rectified flow",
+    ),
+    ("only_flow_is_shifted", {"prediction_type": "epsilon", "flow_shift": 3.0}, "not on epsilon"),
+    ("only_flow_is_shifted", {"v_parameterization": True, "flow_shift": 3.0}, "not on v_prediction"),
     ("data_is_named", {"train_data_dir": ""}, "there is no data"),
     ("latents_are_cached", {"cache_latents_moments": True}, "cache_latents_moments needs cache_latents"),
     ("latents_are_cached", {"cache_in_background": True}, "cache_in_background needs cache_latents"),
@@ -94,6 +106,8 @@ GENERATOR_CASES = [
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     ("networks_match", {"network_module": ["networks.lora"]}, "names 1 and network_weights 0"),
     ("networks_match", {"network_mul": [0.5]}, "network_mul has more values"),
+    ("one_prediction_type", {"prediction_type": "epsilon", "v_parameterization": True}, "two prediction types"),
+    ("only_flow_is_shifted", {"prediction_type": "epsilon", "flow_shift": 3.0}, "not on epsilon"),
     ("networks_match", {"network_merge": True}, "no network to merge"),
 ]
 
