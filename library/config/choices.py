@@ -29,7 +29,6 @@ LR_SCHEDULERS = (
 LR_SCHEDULERS_LATER = ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "adafactor")
 
 LOSSES = tuple(list_plugins(ROOT / "library" / "diffusion" / "losses"))
-LOSSES_LATER = tuple(name for name in ("l1", "l2", "huber", "smooth_l1") if name not in LOSSES)
 
 NETWORKS_LATER = ("dylora", "lora_fa", "oft", "control_net_lllite", "dora")
 

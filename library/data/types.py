@@ -22,6 +22,18 @@ class SampleKey(NamedTuple):
     repeat: int
 
 
+class Place(NamedTuple):
+    """Where a sample stands in the order of its epoch, the same on any number of ranks.
+
+    position: counted from 0 over the whole epoch. index: within the samples of its optimizer step, of which there are
+    `count` over all ranks and micro-batches.
+    """
+
+    position: int
+    index: int
+    count: int
+
+
 class Awaited(NamedTuple):
     """What a row of a batch waits for: the latents of a row of the table, or of its mirror image."""
 
@@ -39,7 +51,8 @@ class Batch:
     `moments_B8hw` may hold mean and log-variance of its posterior, from which a step draws. These and `text` may be
     float16 when they come from a packed cache. While a cache is being filled, `awaits` says for every row whether it
     is still to be encoded; `pixels_B3HW` then holds the plain images of those rows only. `failures` lists images that
-    could not be read for this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1], the weight of
+    could not be read for this batch; their rows are among the padding. `places` tells for every row where its sample
+    stands in the epoch (a row of padding has the place of the sample it copies). `mask_B1hw` is float32 in [0, 1], the weight of
     every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
     """
 
@@ -58,6 +71,7 @@ class Batch:
     control_B3HW: Tensor | None = None
     failures: tuple[Skipped, ...] = ()
     awaits: tuple[Awaited | None, ...] = ()
+    places: tuple[Place, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -25,12 +25,12 @@ from library.log import get_logger
 from library.models import attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
-from library.plugins import load_plugin
 from library.training import early, naming
 from library.training import metadata as meta
 from library.training.draws import Draws
 from library.training.hooks import DrainHook, LogHook, NonFiniteHook, SaveHook, StopHook, View
 from library.training.metrics import Meters, RunLog
+from library.training.objective import Objective
 from library.training.plan import Schedule, end_text, plan_text, schedule
 from library.training.precision import save_dtype, weight_dtype
 from library.training.preview import PreviewHook
@@ -151,6 +151,7 @@ def _prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> 
             disable_mmap=cfg.model.disable_mmap_load_safetensors,
         )
     _check_prediction_type(cfg, bundle)
+    Objective.of(cfg).check(bundle.prediction_type)  # before caches are filled
     memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
     attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
     run = Run(cfg, accelerator, trainable, seed, data, bundle, False, False, previews, None)
@@ -227,15 +228,7 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
             where="--learning_rate, --unet_lr, --text_encoder_lr",
             fix="give the parts that should train a rate above 0",
         )
-    loss = load_plugin("library.diffusion.losses", cfg.diffusion.loss_type)
-    step = TrainStep(
-        bundle,
-        trainable,
-        trained,
-        elementwise_loss=loss.elementwise,
-        with_text=not run.text_cached,
-        mask_by_area=cfg.data.masked_loss_normalize == "area",
-    )
+    step = TrainStep(bundle, trainable, trained, objective=Objective.of(cfg), with_text=not run.text_cached)
     step.train()
     wrapped = accelerator.prepare_model(step)
     length = schedule(
@@ -250,7 +243,7 @@ def _assemble(run: Run) -> tuple[Trainer, TrainingState]:
     view = View(Progress(), length.total_steps, length.num_epochs, Meters())
     state = _state(run, trained, optimizer, scheduler, view)
     hooks = _hooks(run, view, state, optimizer, length, update)
-    draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
+    draws = Draws.of(cfg, run.seed)
     say_plan = partial(_say_plan, run, optimizer.param_groups, length, view)
     trainer = Trainer(accelerator, wrapped, trainable, run.data, draws, update, scheduler, view, hooks, say_plan)
     return trainer, state
