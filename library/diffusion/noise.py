@@ -87,7 +87,9 @@ def draw_extras(
 
 def _strength(value: float, generator: torch.Generator, *, is_random: bool) -> Tensor:
     """`value`, or a number drawn from [0, value), (1,)."""
-    return torch.rand(1, generator=generator) * value if is_random else torch.full((1,), value)
+    if not is_random:
+        return torch.full((1,), value, dtype=torch.float32)
+    return torch.rand(1, generator=generator, dtype=torch.float32) * value
 
 
 def _pyramid(generator: torch.Generator, shape: tuple[int, int, int], settings: NoiseSettings) -> Tensor:
@@ -96,7 +98,7 @@ def _pyramid(generator: torch.Generator, shape: tuple[int, int, int], settings: 
     The first level has full size; a level one of whose sides is a single cell is the last. (C, h, w)
     """
     channels, height, width = shape
-    total_Chw = torch.zeros(shape)
+    total_Chw = torch.zeros(shape, dtype=torch.float32)
     for level in range(settings.pyramid_iterations):
         ratio = 2 + 2 * float(torch.rand((), generator=generator, dtype=torch.float64))
         h, w = max(1, int(height / ratio**level)), max(1, int(width / ratio**level))
