@@ -25,13 +25,13 @@ class SampleKey(NamedTuple):
 class Place(NamedTuple):
     """Where a sample stands in the order of its epoch, the same on any number of ranks.
 
-    position: counted from 0 over the whole epoch. index: within the samples of its optimizer step, of which there are
-    `count` over all ranks and micro-batches.
+    position: counted from 0 over the whole epoch. in_step: the same within its optimizer step, which has `step_size`
+    samples over all ranks and micro-batches.
     """
 
     position: int
-    index: int
-    count: int
+    in_step: int
+    step_size: int
 
 
 class Awaited(NamedTuple):
@@ -52,8 +52,8 @@ class Batch:
     float16 when they come from a packed cache. While a cache is being filled, `awaits` says for every row whether it
     is still to be encoded; `pixels_B3HW` then holds the plain images of those rows only. `failures` lists images that
     could not be read for this batch; their rows are among the padding. `places` tells for every row where its sample
-    stands in the epoch (a row of padding has the place of the sample it copies). `mask_B1hw` is float32 in [0, 1], the weight of
-    every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
+    stands in the epoch (a row of padding has the place of the sample it copies). `mask_B1hw` is float32 in [0, 1], the
+    weight of every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
     """
 
     keys: list[SampleKey]

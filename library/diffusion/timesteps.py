@@ -14,7 +14,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 NUM_STEPS = 1000
 _BITS = 53  # of a float64 number
@@ -27,9 +27,7 @@ class TimestepTable:
     cumulative_N: tuple[float, ...]
 
     @classmethod
-    def uniform(
-        cls, low: int | None = None, high: int | None = None, *, num_steps: int = NUM_STEPS
-    ) -> TimestepTable:
+    def uniform(cls, low: int | None = None, high: int | None = None, *, num_steps: int = NUM_STEPS) -> TimestepTable:
         """All of [low, high) alike; None means 0 and num_steps."""
         return cls.of([1.0] * num_steps, low, high)
 
@@ -74,7 +72,7 @@ def logit_normal_weights(mean: float, std: float, *, num_steps: int = NUM_STEPS)
         return 0.5 * math.erfc(-(math.log(place / (1 - place)) - mean) / (std * math.sqrt(2)))
 
     edges = [below(t / num_steps) for t in range(num_steps + 1)]
-    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before for before, after in pairwise(edges)]
 
 
 def biased_steps(

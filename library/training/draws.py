@@ -94,8 +94,8 @@ class Draws:
             return self.timesteps.at(own)
         assert self.sequence == "stratified" and place is not None, "an even sequence needs the places of the samples"
         # All samples of a step agree on where it begins.
-        seed = derive_seed(self.run_seed, "timestep strata", epoch, place.position - place.index)
-        return self.timesteps.at(stratified_number(place.index, place.count, jitter=own, seed=seed))
+        seed = derive_seed(self.run_seed, "timestep strata", epoch, place.position - place.in_step)
+        return self.timesteps.at(stratified_number(place.in_step, place.step_size, jitter=own, seed=seed))
 
     def make(
         self,

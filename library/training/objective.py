@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class Objective:
     """How predictions are scored, and how the noise that they are about depends on model and latents.
 
-    loss: a plugin's function of (prediction, target), both float32 BChw, or of these and `threshold_B111`. mask_by_area:
-    divide each sample's masked loss by the mean of its mask. adaptive_noise_scale: see `training_noise`. dream: detail
-    preservation of DREAM (>= 0), None without DREAM.
+    loss: a plugin's function of (prediction, target), both float32 BChw, or of these and `threshold_B111`.
+    mask_by_area: divide each sample's masked loss by the mean of its mask. adaptive_noise_scale: see `training_noise`.
+    dream: detail preservation of DREAM (>= 0), None without DREAM.
     """
 
     loss: Callable[..., Tensor] = l2.elementwise
@@ -76,8 +76,7 @@ class Objective:
             )
         if prediction_type != "v_prediction" and self.weighting.scale_v_like_noise:
             raise UserError(
-                "scale_v_pred_loss_like_noise_pred needs a model that predicts v; this one predicts "
-                f"{prediction_type}",
+                f"scale_v_pred_loss_like_noise_pred needs a model that predicts v; this one predicts {prediction_type}",
                 fix="leave it out, or set v_parameterization for a v-prediction model",
             )
         if prediction_type == "v_prediction" and self.weighting.v_like_loss:

@@ -99,10 +99,10 @@ class TrainStep(nn.Module):
             if self.objective.dream is not None:
                 with _without_gradients(latents.device.type):
                     noisy, first = predict(input_noise)
-                foreseen = predicted_noise(first.float(), noisy, t_B, schedule=schedule, prediction_type=prediction_type)
-                change = dream_change(
-                    noise, foreseen, t_B, schedule=schedule, detail_preservation=self.objective.dream
+                foreseen = predicted_noise(
+                    first.float(), noisy, t_B, schedule=schedule, prediction_type=prediction_type
                 )
+                change = dream_change(noise, foreseen, t_B, schedule=schedule, detail_preservation=self.objective.dream)
                 noise, input_noise = noise + change, input_noise + change
             _, prediction = predict(input_noise)
         target = training_target(prediction_type, schedule=schedule, x0=latents, noise=noise, t=t_B)
@@ -134,10 +134,13 @@ def _without_gradients(device_type: str) -> Iterator[None]:
 
     The cache would hand these casts, which know no gradient, to the pass that is differentiated.
     """
-    with torch.no_grad(), torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=False,
+    with (
+        torch.no_grad(),
+        torch.autocast(
+            device_type,
+            dtype=torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+            cache_enabled=False,
+        ),
     ):
         yield

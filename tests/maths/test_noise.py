@@ -79,7 +79,7 @@ def test_offsets_are_standard_normal_and_random_strengths_uniform():
     extras = _extras(NoiseSettings(offset=0.4, offset_is_random=True), rows=1500, shape=(4, 1, 1))
     assert abs(float(extras.offset_BC.mean())) < 0.06 and abs(float(extras.offset_BC.std()) - 1) < 0.04
     strength = extras.offset_strength_B
-    assert 0 <= strength.min() < 0.01 and 0.39 < strength.max() < 0.4
+    assert 0 <= float(strength.min()) < 0.01 and 0.39 < strength.max() < 0.4
     assert abs(float(strength.mean()) - 0.2) < 0.01
     fixed = _extras(NoiseSettings(offset=0.4), rows=2).offset_strength_B
     assert torch.equal(fixed, torch.full((2,), 0.4))
@@ -152,7 +152,7 @@ def test_a_random_perturbation_has_its_own_strength_in_each_sample():
     ratios = (drawn / fixed).flatten(1)
     assert torch.allclose(ratios, ratios[:, :1].expand_as(ratios), rtol=1e-4)
     assert len({round(float(ratio), 4) for ratio in ratios[:, 0]}) == 6
-    assert 0 <= ratios.min() and ratios.max() < 1
+    assert ratios.min() >= 0 and ratios.max() < 1
 
 
 def test_extras_move_and_join_whole():

@@ -167,9 +167,9 @@ def test_places_count_the_samples_of_the_epoch_and_of_each_step(folder):
     position = 0
     for step in steps:
         places = sorted(step.values())
-        assert [place.index for place in places] == list(range(len(step)))
+        assert [place.in_step for place in places] == list(range(len(step)))
         assert [place.position for place in places] == list(range(position, position + len(step)))
-        assert {place.count for place in places} == {len(step)}
+        assert {place.step_size for place in places} == {len(step)}
         position += len(step)
     assert position == 14 and len(steps[-1]) != len(steps[0])
 
@@ -177,9 +177,7 @@ def test_places_count_the_samples_of_the_epoch_and_of_each_step(folder):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_places_are_those_of_one_process_with_a_larger_batch(folder, accumulation):
     whole = _places(_data(folder, batch_size=4, accumulation=accumulation))
-    ranks = [
-        _places(_data(folder, batch_size=2, accumulation=accumulation, world=2, rank=rank)) for rank in range(2)
-    ]
+    ranks = [_places(_data(folder, batch_size=2, accumulation=accumulation, world=2, rank=rank)) for rank in range(2)]
     assert _joined(*ranks) == whole
     assert _places(_data(folder, batch_size=4, accumulation=accumulation, num_workers=1)) == whole
     for start in range(1, len(whole)):
