@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import field_validator
+
 from library.config.choices import LOSSES
 from library.config.fields import Group, option
 
@@ -60,7 +62,9 @@ class DiffusionOptions(Group):
         False, "draw each sample's ip_noise_gamma from 0 up to the value given"
     )
 
-    loss_type: str = option("l2", "how prediction and target are compared", choices=LOSSES)
+    loss_type: str = option(
+        "l2", f"how prediction and target are compared: {', '.join(LOSSES)}, or the dotted path of a module of your own"
+    )
     huber_c: float = option(0.1, "huber and smooth_l1: error above which the loss grows linearly", gt=0)
     huber_scale: float = option(1.0, "huber and smooth_l1: multiplies that error in every huber_schedule", gt=0)
     huber_schedule: str = option(
@@ -96,3 +100,10 @@ class DiffusionOptions(Group):
     dream_detail_preservation: float = option(
         1.0, "DREAM: the larger, the less timesteps with little noise are changed", ge=0
     )
+
+    @field_validator("loss_type")
+    @classmethod
+    def _known_loss(cls, value: str) -> str:
+        if value not in LOSSES and "." not in value:
+            raise ValueError(f"is not one of: {', '.join(LOSSES)}")
+        return value

@@ -49,7 +49,7 @@ def _diffusion(cfg: RunConfig) -> Iterator[str]:
     of_huber = dict.fromkeys(("huber_c", "huber_scale", "huber_schedule"), "loss_type huber or smooth_l1")
     of_bias = {f"timestep_bias_{name}": "timestep_bias_strategy" for name in ("multiplier", "portion", "begin", "end")}
     acting = {
-        **({} if chosen.loss_type in ("huber", "smooth_l1") else of_huber),
+        **(of_huber if chosen.loss_type in ("l1", "l2") else {}),
         **({} if chosen.timestep_bias_strategy != "none" else of_bias),
         **({} if chosen.noise_offset else {"noise_offset_random_strength": "noise_offset"}),
         **({} if chosen.multires_noise_iterations else {"multires_noise_discount": "multires_noise_iterations"}),

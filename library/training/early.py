@@ -19,6 +19,7 @@ from library.models import attention
 from library.sizes import Size
 from library.training.draws import timestep_table
 from library.training.lr import build_scheduler
+from library.training.objective import Objective
 from library.training.optim import build_optimizer
 from library.training.state import read_description
 from library.training.trainable import ParamGroup
@@ -42,6 +43,7 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
             fix="name a folder that you may write to",
         ) from error
     timestep_table(cfg)
+    Objective.of(cfg)
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
     trial = optimizer(cfg, [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
     scheduler(cfg, trial, total_steps=1000)

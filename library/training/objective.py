@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from library.diffusion.dream import DREAM_PREDICTIONS
+from library.diffusion.huber import HuberThreshold
 from library.diffusion.losses import l2
-from library.diffusion.losses._threshold import HuberThreshold
 from library.diffusion.masks import apply_mask
 from library.diffusion.reduce import per_sample
 from library.diffusion.schedule import NoiseSchedule

@@ -10,8 +10,8 @@ import torch
 
 from library import plugins
 from library.diffusion import losses
+from library.diffusion.huber import HuberThreshold
 from library.diffusion.losses import l2
-from library.diffusion.losses._threshold import HuberThreshold
 from library.diffusion.reduce import per_sample, weighted_mean
 from library.diffusion.schedule import NoiseSchedule
 from library.training.objective import takes_threshold

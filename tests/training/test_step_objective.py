@@ -9,8 +9,8 @@ import torch
 
 from library.config.cli import make_config
 from library.data.types import Batch, SampleKey
+from library.diffusion.huber import HuberThreshold
 from library.diffusion.losses import huber, l1, smooth_l1
-from library.diffusion.losses._threshold import HuberThreshold
 from library.diffusion.noise import NoiseSettings
 from library.diffusion.weighting import Weighting
 from library.errors import UserError
@@ -301,6 +301,20 @@ def test_everything_else_is_allowed():
         Objective(weighting=Weighting(min_snr_gamma=5.0, debiased=True), dream=1.0).check(prediction_type)
     Objective(weighting=Weighting(scale_v_like_noise=True)).check("v_prediction")
     Objective(weighting=Weighting(v_like_loss=0.5)).check("epsilon")
+
+
+def test_a_loss_may_live_in_a_package_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_losses").mkdir()
+    (tmp_path / "my_losses" / "scaled.py").write_text(
+        "def elementwise(pred, target, threshold_B111):\n    return (pred - target).abs() * threshold_B111\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = Objective.of(_config(tmp_path, loss_type="my_losses.scaled", huber_c=0.5, huber_schedule="constant"))
+    prediction, target = torch.randn(2, 3, 4, 2, 2)
+    rows = objective.row_losses(prediction, target, None, t_B=torch.tensor([1, 2, 3]), schedule=None)
+    torch.testing.assert_close(rows, (prediction - target).abs().mean((1, 2, 3)) * 0.5)
+    with pytest.raises(UserError, match="my_loses"):
+        Objective.of(_config(tmp_path, loss_type="my_loses.scaled"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from library.diffusion.losses._threshold import pseudo_huber
+from library.diffusion.huber import pseudo_huber
 
 
 def elementwise(pred: Tensor, target: Tensor, threshold_B111: Tensor) -> Tensor:

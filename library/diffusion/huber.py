@@ -1,4 +1,4 @@
-"""Where the pseudo-Huber losses turn from quadratic to linear: a length c, for every sample its own.
+"""What the pseudo-Huber losses share: their form, and where each sample's turns from quadratic to linear (a length c).
 
 Shape letters: B batch, C latent channels, h w latent cells. Source: spec conditioning.md section 7.
 """
