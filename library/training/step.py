@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -97,7 +95,7 @@ class TrainStep(nn.Module):
 
         with self.trainable.forward_scope(batch):
             if self.objective.dream is not None:
-                with _without_gradients(latents.device.type):
+                with torch.no_grad():
                     noisy, first = predict(input_noise)
                 foreseen = predicted_noise(
                     first.float(), noisy, t_B, schedule=schedule, prediction_type=prediction_type
@@ -126,21 +124,3 @@ class TrainStep(nn.Module):
             return batch.text.to(dtype=torch.float32)  # caches hold float16; widening changes no value
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trainable.trains & {"te1", "te2"})):
             return sdxl.encode_text(self.text_encoder_1, self.text_encoder_2, batch.tokens)
-
-
-@contextmanager
-def _without_gradients(device_type: str) -> Iterator[None]:
-    """no_grad, with weights that autocast casts inside left out of its cache.
-
-    The cache would hand these casts, which know no gradient, to the pass that is differentiated.
-    """
-    with (
-        torch.no_grad(),
-        torch.autocast(
-            device_type,
-            dtype=torch.get_autocast_dtype(device_type),
-            enabled=torch.is_autocast_enabled(device_type),
-            cache_enabled=False,
-        ),
-    ):
-        yield
