@@ -194,12 +194,13 @@ def test_each_weighting_moves_the_loss_and_leaves_the_logged_rows_alone(parts, k
         assert float(out.loss) != pytest.approx(float(plain.loss), rel=1e-2), choice
 
 
-@torch.no_grad()
 def test_dream_trains_on_what_the_model_left_of_the_noise(parts, kind):
+    """And takes that for given: its gradient is not that of the first pass."""
     batch = _batch(masked=False)
     draw = _draw(batch, NoiseSettings(perturbation=0.1))
     given = draw.noise_BChw + draw.extras.perturbation_BChw
-    noisy, first, _ = _by_hand(parts, batch, draw, draw.noise_BChw, given)
+    with torch.no_grad():
+        noisy, first, _ = _by_hand(parts, batch, draw, draw.noise_BChw, given)
     alphas = parts[0].schedule.alphas_cumprod_N[draw.t_B].float().view(-1, 1, 1, 1)
     signal, sigma = alphas.sqrt(), (1 - alphas).sqrt()
     foreseen = first if kind == "epsilon" else sigma * noisy + signal * first
@@ -207,7 +208,12 @@ def test_dream_trains_on_what_the_model_left_of_the_noise(parts, kind):
     again, prediction, target = _by_hand(parts, batch, draw, draw.noise_BChw + change, given + change)
     torch.testing.assert_close(again, noisy + sigma * change, rtol=0, atol=1e-5)
     out = _step(parts, dream=1.5)(batch, draw)
-    torch.testing.assert_close(out.loss_B, (prediction - target).pow(2).mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+    loss_B = (prediction - target).pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(out.loss_B, loss_B.detach(), rtol=1e-3, atol=1e-6)
+    (loss_B * batch.weight_B).mean().backward()
+    expected = _gradient(parts)
+    out.loss.backward()
+    assert float((_gradient(parts) - expected).norm() / expected.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
