@@ -37,7 +37,6 @@ TORCH_SCHEDULERS = (
 )  # fmt: skip
 
 LOSSES = tuple(list_plugins(ROOT / "library" / "diffusion" / "losses"))
-LOSSES_LATER = tuple(name for name in ("l1", "l2", "huber", "smooth_l1") if name not in LOSSES)
 
 NETWORKS_LATER = ("dylora", "lora_fa", "oft", "control_net_lllite", "dora")
 

@@ -48,6 +48,33 @@ def _length(cfg: RunConfig) -> Iterator[str]:
         yield "persistent_data_loader_workers has no effect: max_data_loader_n_workers is 0"
 
 
+def _diffusion(cfg: RunConfig) -> Iterator[str]:
+    """Options that only act beside another one."""
+    chosen = cfg.diffusion
+    of_huber = dict.fromkeys(("huber_c", "huber_scale", "huber_schedule"), "loss_type huber or smooth_l1")
+    of_bias = {f"timestep_bias_{name}": "timestep_bias_strategy" for name in ("multiplier", "portion", "begin", "end")}
+    acting = {
+        **(of_huber if chosen.loss_type in ("l1", "l2") else {}),
+        **({} if chosen.timestep_bias_strategy != "none" else of_bias),
+        **({} if chosen.noise_offset else {"noise_offset_random_strength": "noise_offset"}),
+        **({} if chosen.multires_noise_iterations else {"multires_noise_discount": "multires_noise_iterations"}),
+        **({} if chosen.ip_noise_gamma else {"ip_noise_gamma_random_strength": "ip_noise_gamma"}),
+        **({} if chosen.p2_gamma else {"p2_k": "p2_gamma"}),
+        **({} if chosen.dream_training else {"dream_detail_preservation": "dream_training"}),
+    }
+    if chosen.timestep_sampling != "logit_normal":
+        acting |= dict.fromkeys(("logit_mean", "logit_std"), "timestep_sampling logit_normal")
+    if chosen.timestep_bias_strategy == "range":
+        acting["timestep_bias_portion"] = "timestep_bias_strategy earlier or later"
+    elif chosen.timestep_bias_strategy != "none":
+        acting |= dict.fromkeys(("timestep_bias_begin", "timestep_bias_end"), "timestep_bias_strategy range")
+    if chosen.timestep_bias_strategy != "none" and chosen.timestep_bias_multiplier == 1:
+        yield "timestep_bias_strategy has no effect: timestep_bias_multiplier is 1"
+    for name, other in acting.items():
+        if cfg.get(name) != type(chosen).options()[name].default:
+            yield f"{name} has no effect: it acts with {other}"
+
+
 _SCHEDULE = ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps")
 # Options that act with some schedules only.
 _ACTS_WITH = {
@@ -183,6 +210,7 @@ def _generation(cfg: RunConfig) -> Iterator[str]:
 _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model,
     _length,
+    _diffusion,
     _learning_rate,
     _saving,
     _samples,

@@ -11,12 +11,12 @@ import torch
 from library.errors import UserError
 from library.log import get_logger
 from library.models import memory
-from library.plugins import load_plugin
 from library.training import early
 from library.training.draws import Draws
 from library.training.hook_list import hooks as make_hooks
 from library.training.hooks import View
 from library.training.metrics import Meters
+from library.training.objective import Objective
 from library.training.plan import end_text, plan_text, schedule
 from library.training.precision import weight_dtype
 from library.training.run import Parts, Run
@@ -45,7 +45,7 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
     update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)
     view = View(Progress(), length.total_steps, length.num_epochs, Meters())
     state = _state(run, trained, optimizer, scheduler, view)
-    draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
+    draws = Draws.of(cfg, run.seed)
     parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state)
     announce = partial(_say_plan, run, parts)
     trainer = Trainer(
@@ -73,16 +73,8 @@ def _attach(run: Run) -> tuple[torch.nn.Module, list[ParamGroup]]:
 
 
 def _step(run: Run, trained: torch.nn.Module) -> TrainStep:
-    loss = load_plugin("library.diffusion.losses", run.cfg.diffusion.loss_type)
-    step = TrainStep(
-        run.bundle,
-        run.trainable,
-        trained,
-        elementwise_loss=loss.elementwise,
-        with_text=not run.text_cached,
-        mask_by_area=run.cfg.data.masked_loss_normalize == "area",
-    )
-    return step.train()
+    objective = Objective.of(run.cfg)
+    return TrainStep(run.bundle, run.trainable, trained, objective=objective, with_text=not run.text_cached).train()
 
 
 def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:

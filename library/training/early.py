@@ -18,7 +18,9 @@ from library.log import get_logger
 from library.models import attention
 from library.models.prediction import schedule_for
 from library.sizes import Size
+from library.training.draws import timestep_table
 from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
+from library.training.objective import Objective
 from library.training.optim import build_optimizer, try_out
 from library.training.state import read_description
 from library.training.trainable import ParamGroup
@@ -42,6 +44,8 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
             where=f"--output_dir {cfg.save.output_dir}",
             fix="name a folder that you may write to",
         ) from error
+    timestep_table(cfg)
+    Objective.of(cfg)
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
     weight = torch.nn.Parameter(torch.zeros(2, 2, device=accelerator.device))  # some optimizers take matrices only
     trial = optimizer(cfg, [{"name": "trial", "params": [weight], "lr": 1.0}])

@@ -121,7 +121,9 @@ class Trainer:
     def _draw(self, batch: Batch):
         cached = batch.latents_B4hw is not None
         shape = (self.latent_channels, batch.bucket.h // 8, batch.bucket.w // 8)
-        return self.draws.make(batch.keys, self.view.progress.epoch, latent_shape=shape, posterior=not cached)
+        return self.draws.make(
+            batch.keys, self.view.progress.epoch, latent_shape=shape, posterior=not cached, places=batch.places
+        )
 
     def _seed_dropout(self, micro: int) -> None:
         """Module dropout has no per-sample generator, so it is reseeded for every micro-batch of every rank."""

@@ -28,6 +28,7 @@ def _start(launcher: list[str], argv: list[str]) -> None:
 def test_two_processes_equal_one_with_twice_the_batch(train, pictures, tmp_path):
     """Same samples, so same losses; gradients of two ranks are those of one big batch up to the order of sums."""
     flags = ["--max_train_steps=6", "--gradient_accumulation_steps=2", "--random_crop", "--shuffle_caption"]
+    flags += ["--timestep_sequence=sobol", "--noise_offset=0.05", "--min_snr_gamma=5", "--dream_training"]
     one = train("one", *flags, "--train_batch_size=4")
     two = tmp_path / "two"
     launcher = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]
