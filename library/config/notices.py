@@ -69,6 +69,16 @@ def _network(cfg: RunConfig) -> Iterator[str]:
         yield "unet_lr has no effect: network_train_text_encoder_only leaves the U-Net as it is"
 
 
+def _precision(cfg: RunConfig) -> Iterator[str]:
+    precision = cfg.precision
+    if cfg.is_given("stochastic_rounding") and not precision.full_bf16:
+        yield "stochastic_rounding has no effect: it acts with full_bf16"
+    if precision.fp8_base and precision.fp8_base_unet:
+        yield "fp8_base acts on the U-Net only, as fp8_base_unet says"
+    if precision.fused_backward_pass and precision.fused_optimizer_groups:
+        yield "fused_optimizer_groups is ignored: fused_backward_pass takes its place"
+
+
 def _saving(cfg: RunConfig) -> Iterator[str]:
     save = cfg.save
     if save.save_n_epoch_ratio and save.save_every_n_epochs:
@@ -104,6 +114,7 @@ _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _length,
     _learning_rate,
     _network,
+    _precision,
     _saving,
     _samples,
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from library.config.model import ModelOptions
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
+    from library.config.precision import PrecisionOptions
     from library.config.preview import PreviewOptions
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
@@ -36,6 +37,7 @@ class RunConfig:
     optim: OptimOptions
     network: NetworkOptions
     loop: LoopOptions
+    precision: PrecisionOptions
     save: SaveOptions
     preview: PreviewOptions
     generate: GenerateOptions

@@ -13,6 +13,7 @@ from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
 from library.config.network import NetworkOptions
 from library.config.optim import OptimOptions
+from library.config.precision import PrecisionOptions
 from library.config.preview import PreviewOptions
 from library.config.report import ReportOptions
 from library.config.save import SaveOptions
@@ -51,6 +52,7 @@ _TRAINING: dict[str, type[Group]] = {
     "optim": OptimOptions,
     "network": NetworkOptions,
     "loop": LoopOptions,
+    "precision": PrecisionOptions,
     "save": SaveOptions,
     "preview": PreviewOptions,
 }

@@ -23,7 +23,7 @@ def store_as_float8(module: nn.Module) -> Saved:
 
     A weight is its float8 value times a power of two for each output channel, which brings the channel's largest value
     just below 448, the largest number of the format: below it there are 15 powers of two with 3 bits of mantissa, so
-    the relative error of a weight is at most 1/16 until it is 2**14 times smaller than the channel's largest. Norms,
+    the relative error of a weight is at most 1/16 until it is 2**13 times smaller than the channel's largest. Norms,
     embeddings, biases, the first and last convolution and the embeddings of time and sizes keep their dtype.
 
     Modules compute in the dtype that the weights had: input and weights are cast to it, and no wide copy of a weight
@@ -31,7 +31,7 @@ def store_as_float8(module: nn.Module) -> Saved:
     """
     before = _bytes(module)
     for name, child in module.named_modules():
-        if isinstance(child, nn.Linear | nn.Conv2d) and not name.startswith(_KEPT):
+        if type(child) in (nn.Linear, nn.Conv2d) and not name.startswith(_KEPT):
             _store(child)
     return Saved(before, _bytes(module))
 

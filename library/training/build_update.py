@@ -1,4 +1,4 @@
-"""Which update a run makes: fused into the backward pass or after it, in float32 where weights are of half precision."""
+"""Which update a run makes: inside the backward pass or after it; in float32 where weights are half precision."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from library.inference.samplers import make_scheduler
 from library.log import get_logger
 from library.models import attention
 from library.sizes import Size
+from library.training import build_update
 from library.training.lr import build_scheduler
 from library.training.optim import build_optimizer
 from library.training.state import read_description
@@ -43,6 +44,7 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
     trial = optimizer(cfg, [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
     scheduler(cfg, trial, total_steps=1000)
+    build_update.check(cfg, optimizer, num_processes=accelerator.num_processes)
 
 
 def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:

@@ -32,6 +32,9 @@ SAME_NAME = (
     "network_alpha",
     "network_dropout",
     "mixed_precision",
+    "full_fp16",
+    "fp8_base",
+    "fp8_base_unet",
     "clip_skip",
     "max_token_length",
     "cache_latents",
@@ -53,9 +56,6 @@ NOT_USED = {
     f"ss_{name}": value
     for name, value in {
         "lowram": False,
-        "full_fp16": False,
-        "fp8_base": False,
-        "fp8_base_unet": False,
         "noise_offset": None,
         "noise_offset_random_strength": False,
         "adaptive_noise_scale": None,

@@ -16,7 +16,7 @@ from library.training.draws import Draws
 from library.training.hooks import Event, Hook, View
 from library.training.state import Progress
 from library.training.trainable import Trainable
-from library.training.update import GuardedUpdate
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ class Trainer:
     trainable: Trainable
     data: TrainData
     draws: Draws
-    update: GuardedUpdate
+    update: Update
     scheduler: Any
     view: View
     hooks: Sequence[Hook]
@@ -78,7 +78,8 @@ class Trainer:
             self._seed_dropout(0)
             batch = group.micro_batches[0]
             out = self.step(batch.to(self.accelerator.device), self._draw(batch).to(self.accelerator.device))
-            self.accelerator.backward(out.loss)
+            with self.update.discarding():
+                self.accelerator.backward(out.loss)
             out.loss.item()
             elapsed = torch.tensor(time.perf_counter() - begin, device=self.accelerator.device)
             # Agreed on, because all ranks must make the same number of passes.
@@ -129,7 +130,7 @@ class Trainer:
 
     def _no_sync_unless_last(self, index: int, group: StepGroup) -> contextlib.AbstractContextManager:
         if index == len(group.micro_batches) - 1:
-            return contextlib.nullcontext()
+            return self.update.last_backward()
         return self.accelerator.no_sync(self.step)
 
     def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:
