@@ -10,7 +10,7 @@ import torch
 
 from library.errors import UserError
 from library.training.fused import FusedUpdate
-from library.training.tensor_step import Widening, looks_across_tensors
+from library.training.tensor_step import Widening, looks_across_tensors, widen_modes
 from library.training.update import GuardedUpdate, Update
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def build_update(
     widening = None
     if precision.full_fp16 or (precision.full_bf16 and precision.stochastic_rounding):
         widening = Widening(run_seed, global_step, stochastic=precision.full_bf16)
+    if widening is not None:
+        widen_modes(optimizer, widening)
     if _fused_option(cfg) is not None:
         groups = None if precision.fused_backward_pass else precision.fused_optimizer_groups
         return FusedUpdate(optimizer, groups, widening)

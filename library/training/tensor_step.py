@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,11 +80,15 @@ class TensorStepper:
 
     def step(self, params: Sequence[Tensor]) -> None:
         """Step `params`, which are all of one parameter group; with a widening their gradients are gone afterwards."""
+        self.call(self.optimizer.step, params)
+
+    def call(self, method: Callable[[], Any], params: Sequence[Tensor]) -> None:
+        """Let a method of the optimizer see `params` only; else like `step`."""
         if self.widening is None:
-            self._step(params)
+            self._call(method, params)
         else:
             with self.widening.around([(self.places[p][1], p) for p in params]):
-                self._step(params)
+                self._call(method, params)
 
     def step_everything(self) -> None:
         """One call for all tensors, for optimizers that look across them; a widening holds all of them in float32."""
@@ -97,7 +102,7 @@ class TensorStepper:
         """The step is complete: the next call begins another one."""
         self._before = None
 
-    def _step(self, params: Sequence[Tensor]) -> None:
+    def _call(self, method: Callable[[], Any], params: Sequence[Tensor]) -> None:
         groups = self.optimizer.param_groups
         if self._before is None:
             self._before = [_settings(group) for group in groups]
@@ -111,10 +116,30 @@ class TensorStepper:
             # In place: wrappers and schedules hold on to the list and to the group.
             groups[:] = [group]
             group["params"] = list(params)
-            self.optimizer.step()
+            method()
         finally:
             group["params"] = every_param
             groups[:] = every_group
+
+
+def widen_modes(optimizer: Any, widening: Widening) -> None:
+    """Let a schedule-free optimizer go between its training and its evaluation weights in float32, tensor by tensor.
+
+    Its state is float32, which it could not mix with half-precision weights. What it leaves is rounded to the nearest.
+    No effect for optimizers without the two modes.
+    """
+    methods = {name: getattr(optimizer, name, None) for name in ("train", "eval")}
+    if not all(callable(method) for method in methods.values()):
+        return
+    stepper = TensorStepper(optimizer, replace(widening, stochastic=False))
+
+    def by_tensor(method: Callable[[], Any]) -> None:
+        for p in stepper.places:
+            stepper.call(method, [p])
+        stepper.finish()
+
+    for name, method in methods.items():
+        setattr(optimizer, name, partial(by_tensor, method))
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
