@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from library.config.fields import FULL, NETWORK, TRAINER
 from library.config.run_config import RunConfig
 
 
@@ -13,8 +14,12 @@ def notices(cfg: RunConfig) -> list[str]:
     if "loop" not in cfg.groups:
         return list(_generation(cfg))
     found = list(_data(cfg))
-    if cfg.run == "sdxl_train_network":
+    if cfg.run in TRAINER:
         found += [sentence for part in _TRAINING for sentence in part(cfg)]
+    if cfg.run in NETWORK:
+        found += [*_network(cfg), *_frozen(cfg)]
+    if cfg.run in FULL:
+        found += list(_finetune(cfg))
     return found
 
 
@@ -73,10 +78,22 @@ def _precision(cfg: RunConfig) -> Iterator[str]:
     precision = cfg.precision
     if cfg.is_given("stochastic_rounding") and not precision.full_bf16:
         yield "stochastic_rounding has no effect: it acts with full_bf16"
-    if precision.fp8_base and precision.fp8_base_unet:
-        yield "fp8_base acts on the U-Net only, as fp8_base_unet says"
     if precision.fused_backward_pass and precision.fused_optimizer_groups:
         yield "fused_optimizer_groups is ignored: fused_backward_pass takes its place"
+
+
+def _frozen(cfg: RunConfig) -> Iterator[str]:
+    if cfg.frozen.fp8_base and cfg.frozen.fp8_base_unet:
+        yield "fp8_base acts on the U-Net only, as fp8_base_unet says"
+
+
+def _finetune(cfg: RunConfig) -> Iterator[str]:
+    finetune, rate = cfg.finetune, cfg.optim.learning_rate
+    for name in ("learning_rate_te1", "learning_rate_te2"):
+        if cfg.get(name) and not finetune.train_text_encoder:
+            yield f"{name} has no effect: set train_text_encoder to train the text encoders"
+    if finetune.block_lr and not rate:
+        yield "block_lr has no effect: learning_rate 0 leaves the whole U-Net as it is"
 
 
 def _saving(cfg: RunConfig) -> Iterator[str]:
@@ -113,7 +130,6 @@ _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model,
     _length,
     _learning_rate,
-    _network,
     _precision,
     _saving,
     _samples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from library.config.fields import Group, option
+from library.config.fields import NETWORK, Group, option
 
 
 class PrecisionOptions(Group):
@@ -17,8 +17,6 @@ class PrecisionOptions(Group):
     stochastic_rounding: bool = option(
         True, "with full_bf16: round updated weights up or down by chance, so that small updates are not lost"
     )
-    fp8_base: bool = option(False, "keep the frozen weights of the U-Net and of the text encoders in 8 bits")
-    fp8_base_unet: bool = option(False, "keep the frozen weights of the U-Net in 8 bits")
     fused_backward_pass: bool = option(
         False, "update each tensor inside the backward pass and free its gradient at once; without gradient clipping"
     )
@@ -28,3 +26,15 @@ class PrecisionOptions(Group):
         ge=1,
         zero_is_unset=True,
     )
+
+
+class FrozenOptions(Group):
+    """How the frozen base of a network is kept."""
+
+    title: ClassVar[str] = "frozen base"
+    acts: ClassVar[frozenset[str]] = NETWORK
+
+    fp8_base: bool = option(
+        False, "keep the frozen weights of the U-Net and of the text encoders in 8 bits; needs mixed_precision"
+    )
+    fp8_base_unet: bool = option(False, "keep the frozen weights of the U-Net in 8 bits; needs mixed_precision")

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
     from library.config.loop import LoopOptions
     from library.config.model import ModelOptions
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
-    from library.config.precision import PrecisionOptions
+    from library.config.precision import FrozenOptions, PrecisionOptions
     from library.config.preview import PreviewOptions
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
@@ -36,8 +37,10 @@ class RunConfig:
     diffusion: DiffusionOptions
     optim: OptimOptions
     network: NetworkOptions
+    finetune: FinetuneOptions
     loop: LoopOptions
     precision: PrecisionOptions
+    frozen: FrozenOptions
     save: SaveOptions
     preview: PreviewOptions
     generate: GenerateOptions

@@ -77,7 +77,7 @@ def _attach(run: Run) -> tuple[torch.nn.Module, list[ParamGroup]]:
             where="--learning_rate and the rates of the parts",
             fix="give the parts that should train a rate above 0",
         )
-    cast_trained((p for group in groups for p in group["params"]), trained_dtype(run.cfg))
+    cast_trained(trained.parameters(), trained_dtype(run.cfg))
     return trained, groups
 
 

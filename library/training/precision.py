@@ -52,10 +52,11 @@ def store_frozen(cfg: RunConfig, bundle: ModelBundle, *, with_text: bool) -> Non
 
     with_text: whether the text encoders still take part; their cached outputs were made at full precision.
     """
-    if not (cfg.precision.fp8_base or cfg.precision.fp8_base_unet):
+    kept = _kept_in_float8(cfg)
+    if not kept:
         return
     parts = ["unet"]
-    if with_text and not cfg.precision.fp8_base_unet:
+    if with_text and kept == "all":
         parts += ["text_encoder_1", "text_encoder_2"]
     for part in parts:
         saved = fp8.store_as_float8(getattr(bundle, part))
@@ -80,10 +81,16 @@ def precision_text(cfg: RunConfig) -> str:
     """The precision of a run in words, for its plan."""
     mixed, precision = cfg.loop.mixed_precision, cfg.precision
     frozen = _name(weight_dtype(mixed))
-    if precision.fp8_base or precision.fp8_base_unet:
-        frozen += " and float8" + (" (U-Net)" if precision.fp8_base_unet else "")
+    frozen += {"": "", "unet": " and float8 (U-Net)", "all": " and float8"}[_kept_in_float8(cfg)]
     text = f"mixed precision {mixed}, trained weights {_name(trained_dtype(cfg))}, frozen weights {frozen}"
     return text + (", stochastic rounding" if precision.full_bf16 and precision.stochastic_rounding else "")
+
+
+def _kept_in_float8(cfg: RunConfig) -> str:
+    """ "": nothing, "unet": the U-Net's frozen weights, "all": the text encoders' too. Only networks have a base."""
+    if "frozen" not in cfg.groups or not (cfg.frozen.fp8_base or cfg.frozen.fp8_base_unet):
+        return ""
+    return "unet" if cfg.frozen.fp8_base_unet else "all"
 
 
 def _name(dtype: Any) -> str:

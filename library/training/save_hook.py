@@ -75,6 +75,10 @@ class SaveHook:
         if not self.is_main:
             return
         if model_stem is not None:
-            self.names.model(model_stem).unlink(missing_ok=True)
+            old = self.names.model(model_stem)
+            if old.is_dir():  # a diffusers folder
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
         if state_stem is not None:
             shutil.rmtree(self.names.state(state_stem), ignore_errors=True)

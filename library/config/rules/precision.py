@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.config.fields import NETWORK
 from library.config.rules.rule import conflict, rule
 from library.config.run_config import RunConfig
 from library.errors import Problem
@@ -21,7 +22,7 @@ def full_precisions_compute_in_their_own(cfg: RunConfig) -> list[Problem]:
     return problems
 
 
-@rule("fp8_base", "fp8_base_unet", "mixed_precision")
+@rule("fp8_base", "fp8_base_unet", "mixed_precision", runs=NETWORK)
 def eight_bits_compute_in_sixteen(cfg: RunConfig) -> list[Problem]:
     """8-bit weights are cast to the precision of the computation; with float32 nothing would be gained by mixing."""
     names = [name for name in ("fp8_base", "fp8_base_unet") if cfg.get(name)]
