@@ -67,7 +67,6 @@ NOT_USED = {
         "min_snr_gamma": None,
         "debiased_estimation": False,
         "scale_weight_norms": None,
-        "face_crop_aug_range": None,
         "huber_schedule": None,
         "huber_scale": None,
         "huber_c": None,
@@ -114,7 +113,9 @@ def network_metadata(
     text_lr = flat.get("text_encoder_lr")
     if values.get("ss_max_token_length") == 75:
         values["ss_max_token_length"] = None  # how sd-scripts writes the default
+    span = flat.get("face_crop_aug_range")
     values |= {
+        "ss_face_crop_aug_range": None if span is None else tuple(span),
         "ss_text_encoder_lr": (text_lr[0] if len(text_lr) == 1 else list(text_lr)) if text_lr else None,
         "ss_session_id": run.session_id,
         "ss_training_started_at": run.started_at,

@@ -99,7 +99,7 @@ def test_options_agree_with_sd_scripts():
 
 
 def _kind(option: Option) -> str:
-    kinds = {"bool": "flag", "size": "str", "share": "float"}
+    kinds = {"bool": "flag", "size": "str", "span": "str", "share": "float"}
     return kinds.get(option.kind, option.kind) + (" list" if option.many else "")
 
 

@@ -12,6 +12,7 @@ from library.config.cli import make_config, parse
 from library.config.effective import config_lines, write_config
 from library.config.fields import Option
 from library.config.runs import RUNS
+from library.config.spans import Span
 from library.config.values import Given, build_config
 from library.errors import UserError
 from library.sizes import Size
@@ -132,6 +133,7 @@ def _strategy(option: Option) -> st.SearchStrategy:
         "int": st.integers(1, 1000),
         "float": st.floats(0, 1, exclude_max=True),
         "size": st.builds(Size, st.integers(1, 4096), st.integers(1, 4096)),
+        "span": st.builds(lambda low, more: Span(low, low + more), st.floats(0.1, 9), st.floats(0, 9)),
         "share": st.one_of(st.integers(0, 1000), st.floats(0, 1)),
         "str": st.sampled_from(option.choices) if option.choices else text,
     }

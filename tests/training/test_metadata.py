@@ -113,6 +113,8 @@ def test_values_are_written_as_sd_scripts_does(tmp_path):
     assert found["ss_max_token_length"] == "None"
     assert _metadata(tmp_path, max_token_length=150)["ss_max_token_length"] == "150"
     assert _metadata(tmp_path)["ss_text_encoder_lr"] == "None"
+    assert found["ss_face_crop_aug_range"] == "None"
+    assert _metadata(tmp_path, face_crop_aug_range="2,4")["ss_face_crop_aug_range"] == "(2.0, 4.0)"
 
 
 def test_what_the_network_says_wins_over_the_settings(tmp_path):
