@@ -90,6 +90,16 @@ def _workers(cfg: RunConfig) -> Iterator[Implied]:
         yield Implied("max_data_loader_n_workers", cores, "the number of CPU cores", notice)
 
 
+def _no_clipping_when_fused(cfg: RunConfig) -> Iterator[Implied]:
+    if "precision" not in cfg.groups or cfg.is_given("max_grad_norm"):
+        return
+    for name in ("fused_backward_pass", "fused_optimizer_groups"):
+        if cfg.get(name):
+            notice = f"max_grad_norm is 0 (no clipping): {name} frees gradients before the norm of all is known"
+            yield Implied("max_grad_norm", 0.0, f"implied by {name}", notice)
+            return
+
+
 def _epoch_sampling(cfg: RunConfig) -> Iterator[Implied]:
     if "preview" in cfg.groups and cfg.preview.sample_every_n_epochs and cfg.preview.sample_every_n_steps:
         yield Implied(
@@ -116,6 +126,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Implied]], ...] = (
     _attention,
     _resolutions,
     _workers,
+    _no_clipping_when_fused,
     _epoch_sampling,
     _checkpoint_pattern,
 )

@@ -17,7 +17,7 @@ def notices(cfg: RunConfig) -> list[str]:
     if cfg.run in TRAINER:
         found += [sentence for part in _TRAINING for sentence in part(cfg)]
     if cfg.run in NETWORK:
-        found += list(_network(cfg))
+        found += [*_network(cfg), *_frozen(cfg)]
     if cfg.run in FULL:
         found += list(_finetune(cfg))
     return found
@@ -168,6 +168,19 @@ def _network(cfg: RunConfig) -> Iterator[str]:
         yield "unet_lr has no effect: network_train_text_encoder_only leaves the U-Net as it is"
 
 
+def _precision(cfg: RunConfig) -> Iterator[str]:
+    precision = cfg.precision
+    if cfg.is_given("stochastic_rounding") and not precision.full_bf16:
+        yield "stochastic_rounding has no effect: it acts with full_bf16"
+    if precision.fused_backward_pass and precision.fused_optimizer_groups:
+        yield "fused_optimizer_groups is ignored: fused_backward_pass takes its place"
+
+
+def _frozen(cfg: RunConfig) -> Iterator[str]:
+    if cfg.frozen.fp8_base and cfg.frozen.fp8_base_unet:
+        yield "fp8_base acts on the U-Net only, as fp8_base_unet says"
+
+
 def _finetune(cfg: RunConfig) -> Iterator[str]:
     finetune, rate = cfg.finetune, cfg.optim.learning_rate
     for name in ("learning_rate_te1", "learning_rate_te2"):
@@ -212,6 +225,7 @@ _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _length,
     _diffusion,
     _learning_rate,
+    _precision,
     _saving,
     _samples,
 )

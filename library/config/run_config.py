@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from library.config.model import ModelOptions
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
+    from library.config.precision import FrozenOptions, PrecisionOptions
     from library.config.preview import PreviewOptions
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
@@ -38,6 +39,8 @@ class RunConfig:
     network: NetworkOptions
     finetune: FinetuneOptions
     loop: LoopOptions
+    precision: PrecisionOptions
+    frozen: FrozenOptions
     save: SaveOptions
     preview: PreviewOptions
     generate: GenerateOptions

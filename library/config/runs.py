@@ -14,6 +14,7 @@ from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
 from library.config.network import NetworkOptions
 from library.config.optim import OptimOptions
+from library.config.precision import FrozenOptions, PrecisionOptions
 from library.config.preview import PreviewOptions
 from library.config.report import ReportOptions
 from library.config.save import SaveOptions
@@ -51,10 +52,11 @@ _SHARED: dict[str, type[Group]] = {
     "diffusion": DiffusionOptions,
     "optim": OptimOptions,
     "loop": LoopOptions,
+    "precision": PrecisionOptions,
     "save": SaveOptions,
     "preview": PreviewOptions,
 }
-_NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions}
+_NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions, "frozen": FrozenOptions}
 _FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}
 _TRAINING = {**_NETWORK, **_FULL}
 

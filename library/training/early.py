@@ -18,6 +18,7 @@ from library.log import get_logger
 from library.models import attention
 from library.models.prediction import schedule_for
 from library.sizes import Size
+from library.training import build_update
 from library.training.draws import timestep_table
 from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
 from library.training.objective import Objective
@@ -52,6 +53,7 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
     if "." in cfg.optim.optimizer_type:
         try_out(trial)
     scheduler(cfg, trial, total_steps=NOT_KNOWN_YET if cfg.loop.max_train_epochs else cfg.loop.max_train_steps)
+    build_update.check(cfg, optimizer, num_processes=accelerator.num_processes)
 
 
 def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:

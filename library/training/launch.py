@@ -13,6 +13,7 @@ from library.log import get_logger
 from library.training import early
 from library.training.assemble import assemble
 from library.training.optim import check_resumed, noted_classes
+from library.training.precision import fp16_gradient_scaler
 from library.training.prepare import prepare
 from library.training.state import Progress, TrainingState
 from library.training.trainable import Trainable
@@ -59,7 +60,10 @@ def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=trainable.may_skip_modules, broadcast_buffers=False, gradient_as_bucket_view=True
     )
-    return Accelerator(mixed_precision=cfg.loop.mixed_precision, cpu=on_cpu, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=cfg.loop.mixed_precision, cpu=on_cpu, kwargs_handlers=[ddp])
+    if cfg.precision.full_fp16:
+        accelerator.scaler = fp16_gradient_scaler()
+    return accelerator
 
 
 def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:

@@ -32,6 +32,9 @@ SAME_NAME = (
     "network_alpha",
     "network_dropout",
     "mixed_precision",
+    "full_fp16",
+    "fp8_base",
+    "fp8_base_unet",
     "clip_skip",
     "max_token_length",
     "cache_latents",
@@ -65,9 +68,6 @@ NOT_USED = {
     f"ss_{name}": value
     for name, value in {
         "lowram": False,
-        "full_fp16": False,
-        "fp8_base": False,
-        "fp8_base_unet": False,
         "scale_weight_norms": None,
         "max_validation_steps": None,
         "validate_every_n_epochs": None,

@@ -20,7 +20,7 @@ from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
 from library.training import early, prediction
 from library.training.objective import Objective
-from library.training.precision import weight_dtype
+from library.training.precision import trained_dtype, weight_dtype
 from library.training.run import Run
 from library.training.trainable import PART_MODULES, Trainable
 
@@ -73,7 +73,7 @@ def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> R
 
 def _part_dtypes(cfg: RunConfig, trainable: Trainable) -> dict[arch.Part, torch.dtype]:
     """The parts that do not have the dtype of frozen weights: what trains, and a VAE that must not be halved."""
-    dtypes: dict[arch.Part, torch.dtype] = {PART_MODULES[part]: torch.float32 for part in trainable.owns}
+    dtypes: dict[arch.Part, torch.dtype] = {PART_MODULES[part]: trained_dtype(cfg) for part in trainable.owns}
     return dtypes | ({"vae": torch.float32} if cfg.model.no_half_vae else {})
 
 

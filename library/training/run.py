@@ -14,7 +14,7 @@ from library.training.hooks import View
 from library.training.plan import Schedule
 from library.training.state import TrainingState
 from library.training.trainable import Trainable
-from library.training.update import GuardedUpdate
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -53,7 +53,7 @@ class Parts:
     draws: Draws
     optimizer: Any
     scheduler: Any
-    update: GuardedUpdate
+    update: Update
     length: Schedule
     view: View
     state: TrainingState

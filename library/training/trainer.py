@@ -17,7 +17,7 @@ from library.training.hooks import Event, Hook, View
 from library.training.optim import effective_rates
 from library.training.state import Progress
 from library.training.trainable import Trainable
-from library.training.update import GuardedUpdate
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,7 @@ class Trainer:
     trainable: Trainable
     data: TrainData
     draws: Draws
-    update: GuardedUpdate
+    update: Update
     scheduler: Any
     view: View
     hooks: Sequence[Hook]
@@ -79,7 +79,8 @@ class Trainer:
             self._seed_dropout(0)
             batch = group.micro_batches[0]
             out = self.step(batch.to(self.accelerator.device), self._draw(batch).to(self.accelerator.device))
-            self.accelerator.backward(out.loss)
+            with self.update.discarding():
+                self.accelerator.backward(out.loss)
             out.loss.item()
             elapsed = torch.tensor(time.perf_counter() - begin, device=self.accelerator.device)
             # Agreed on, because all ranks must make the same number of passes.
@@ -132,7 +133,7 @@ class Trainer:
 
     def _no_sync_unless_last(self, index: int, group: StepGroup) -> contextlib.AbstractContextManager:
         if index == len(group.micro_batches) - 1:
-            return contextlib.nullcontext()
+            return self.update.last_backward()
         return self.accelerator.no_sync(self.step)
 
     def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,29 @@ TRAINER_CASES = [
         {"network_train_unet_only": True, "network_train_text_encoder_only": True},
         "leave nothing to train",
     ),
+    ("full_precisions_compute_in_their_own", {"full_bf16": True}, "full_bf16 needs mixed_precision bf16, not no"),
+    (
+        "full_precisions_compute_in_their_own",
+        {"full_fp16": True, "mixed_precision": "bf16"},
+        "full_fp16 needs mixed_precision fp16, not bf16",
+    ),
+    ("eight_bits_compute_in_sixteen", {"fp8_base": True}, "fp8_base needs mixed_precision bf16 or fp16"),
+    ("eight_bits_compute_in_sixteen", {"fp8_base_unet": True}, "fp8_base_unet needs mixed_precision bf16 or fp16"),
+    (
+        "fused_updates_do_not_clip",
+        {"fused_backward_pass": True, "max_grad_norm": 1.0},
+        "max_grad_norm clips by the norm of the whole gradient, which fused_backward_pass never holds",
+    ),
+    (
+        "fused_updates_are_not_scaled",
+        {"fused_optimizer_groups": 4, "mixed_precision": "fp16"},
+        "fused_optimizer_groups cannot be used with mixed_precision fp16",
+    ),
+    (
+        "fused_updates_are_per_tensor",
+        {"fused_backward_pass": True, "optimizer_type": "prodigyopt.Prodigy"},
+        "fused_backward_pass cannot be used with prodigyopt.Prodigy",
+    ),
     ("ranks_come_from_a_file", {"dim_from_weights": True}, "needs network_weights"),
     ("networks_are_files", {"save_model_as": "diffusers"}, "a network is saved as a single file"),
     ("output_is_named", {"output_dir": ""}, "output_dir is missing"),
@@ -197,6 +220,11 @@ def test_every_rule_has_a_case():
         {"adaptive_noise_scale": -0.1, "noise_offset": 0.1, "snr_gamma": 5, "input_perturbation": 0.1},
         {"sample_every_n_steps": 0},
         {"random_crop": True},
+        {"full_bf16": True, "mixed_precision": "bf16", "stochastic_rounding": False},
+        {"full_fp16": True, "mixed_precision": "fp16"},
+        {"fp8_base": True, "mixed_precision": "fp16"},
+        {"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "bf16"},
+        {"fused_optimizer_groups": 0, "max_grad_norm": 1.0},
         {"cache_latents": True, "flip_aug": True},
     ],
 )
@@ -220,6 +248,14 @@ def test_settings_that_follow_from_others(complete):
     assert [notice.split()[0] for notice in cfg.notices] == [
         "cache_latents", "cache_text_encoder_outputs", "mem_eff_attn:",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{"fused_backward_pass": True}, {"fused_optimizer_groups": 3}])
+def test_a_fused_update_does_not_clip_and_says_so(complete, changes):
+    cfg = make_config("sdxl_train_network", **complete, **changes)
+    assert cfg.optim.max_grad_norm == 0
+    assert cfg.provenance["max_grad_norm"] == f"implied by {next(iter(changes))}"
+    assert cfg.notices[0].startswith("max_grad_norm is 0 (no clipping)")
 
 
 def test_workers_are_limited_by_the_cores(complete, monkeypatch):
@@ -294,6 +330,9 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
         ({"token_warmup_min": 3}, "token_warmup_min has no effect"),
         ({"sdpa": True, "xformers": True}, "sdpa and xformers"),
         ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "persistent_data_loader_workers"),
+        ({"stochastic_rounding": False}, "stochastic_rounding has no effect"),
+        ({"fp8_base": True, "fp8_base_unet": True, "mixed_precision": "bf16"}, "fp8_base acts on the U-Net only"),
+        ({"fused_backward_pass": True, "fused_optimizer_groups": 2}, "fused_optimizer_groups is ignored"),
         ({"tokenizer_cache_dir": "x"}, "tokenizer_cache_dir has no effect"),
         (
             {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "text_cache_variants": 2},
