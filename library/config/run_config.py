@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.generate import GenerateOptions
     from library.config.loop import LoopOptions
     from library.config.model import ModelOptions
@@ -38,6 +39,8 @@ class RunConfig:
     loop: LoopOptions
     save: SaveOptions
     preview: PreviewOptions
+    validation: ValidationOptions
+    ema: EmaOptions
     generate: GenerateOptions
     admin: AdminOptions
     report: ReportOptions

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from library.config.admin import AdminOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
+from library.config.evaluation import EmaOptions, ValidationOptions
 from library.config.fields import Group, Option
 from library.config.generate import GenerateOptions
 from library.config.loop import LoopOptions
@@ -53,6 +54,8 @@ _TRAINING: dict[str, type[Group]] = {
     "loop": LoopOptions,
     "save": SaveOptions,
     "preview": PreviewOptions,
+    "validation": ValidationOptions,
+    "ema": EmaOptions,
 }
 
 # The tools accept the trainer's options because users give them the trainer's TOML file; the `acts` of each

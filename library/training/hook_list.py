@@ -14,16 +14,22 @@ from accelerate import Accelerator
 
 from library.training import metadata as meta
 from library.training import naming
+from library.training.contact_sheet import ContactSheet
+from library.training.ema import Ema
+from library.training.ema_hook import EmaHook, model_writer
+from library.training.evaluation import evaluation
 from library.training.hooks import Hook
 from library.training.log_hooks import DrainHook, LogHook
 from library.training.metrics import RunLog
 from library.training.precision import save_dtype
 from library.training.prepare import text_form
-from library.training.preview import PreviewHook
+from library.training.preview import PreviewHook, with_fixed_seeds
 from library.training.run import Parts, Run
 from library.training.save_hook import SaveHook
 from library.training.state import read_description
 from library.training.stop_hooks import NonFiniteHook, StopHook
+from library.training.validation import Validation
+from library.training.validation_hook import ValidationHook
 from library.training.writing import ModelWriter
 
 if TYPE_CHECKING:
@@ -36,6 +42,10 @@ def hooks(run: Run, parts: Parts) -> list[Hook]:
     meters: LogHook | DrainHook
     meters = LogHook(_run_log(run.cfg), every) if run.accelerator.is_main_process else DrainHook(every)
     found = [_stop(run), NonFiniteHook(lambda: parts.update.skipped, every), meters, _save(run, parts, meters)]
+    if run.data.validation is not None:
+        found.insert(-1, _validation(run, parts, meters))  # before saving, so that the log is complete at every save
+    if parts.ema is not None:
+        found.insert(0, _ema(parts, parts.ema))
     if run.previews:
         found.append(_preview(run, parts))
     return found
@@ -57,29 +67,52 @@ def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
     period = cfg.save.save_every_n_epochs
     if cfg.save.save_n_epoch_ratio:
         period = naming.save_period_from_ratio(parts.length.num_epochs, cfg.save.save_n_epoch_ratio)
+    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name)
     return SaveHook(
-        naming.Names(Path(cfg.save.output_dir), cfg.save.output_name),
+        names,
         cfg.save.model_copy(update={"save_every_n_epochs": period}),
-        save_model=partial(_on_main, accelerator, writer),
+        save_model=partial(_on_main, accelerator, model_writer(writer, parts.ema, names, cfg.ema.save_ema)),
         save_state=partial(_on_main, accelerator, parts.state.save),
         flush=meters.flush,
         is_main=accelerator.is_main_process,
     )
 
 
+def _ema(parts: Parts, ema: Ema) -> EmaHook:
+    hook = EmaHook(ema, lambda: parts.update.skipped)
+    hook.watch(parts.step)
+    return hook
+
+
+def _validation(run: Run, parts: Parts, meters: LogHook | DrainHook) -> ValidationHook:
+    cfg = run.cfg.validation
+    return ValidationHook(
+        Validation.of(run, parts),
+        cfg,
+        scope=partial(evaluation, run, parts, averaged=cfg.validate_with_ema),
+        note=meters.note,
+    )
+
+
 def _preview(run: Run, parts: Parts) -> PreviewHook:
-    cfg, accelerator = run.cfg, run.accelerator
+    cfg, accelerator, requests = run.cfg, run.accelerator, run.previews or []
+    folder, sheet = Path(cfg.save.output_dir) / "sample", None
+    if cfg.preview.sample_grid:
+        requests = with_fixed_seeds(requests, run.seed)
+        prefix = f"{cfg.save.output_name}_" if cfg.save.output_name else ""
+        sheet = ContactSheet(folder, prefix, [request.prompt for request in requests])
     return PreviewHook(
         run.bundle,
-        parts.trained,
-        run.previews,
+        requests,
         run.preview_conditioning,
         cfg.preview,
-        Path(cfg.save.output_dir) / "sample",
+        folder,
         cfg.save.output_name,
         accelerator.device,
         text_form(cfg),
-        accelerator.wait_for_everyone,
+        scope=partial(evaluation, run, parts, averaged=cfg.preview.sample_with_ema),
+        wait=accelerator.wait_for_everyone,
+        sheet=sheet,
         enabled=accelerator.is_main_process,
     )
 

@@ -45,6 +45,9 @@ SAME_NAME = (
     "prior_loss_weight",
     "validation_seed",
     "validation_split",
+    "max_validation_steps",
+    "validate_every_n_epochs",
+    "validate_every_n_steps",
 )
 
 
@@ -71,9 +74,6 @@ NOT_USED = {
         "huber_schedule": None,
         "huber_scale": None,
         "huber_c": None,
-        "max_validation_steps": None,
-        "validate_every_n_epochs": None,
-        "validate_every_n_steps": None,
     }.items()
 }
 

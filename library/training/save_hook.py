@@ -75,6 +75,8 @@ class SaveHook:
         if not self.is_main:
             return
         if model_stem is not None:
-            self.names.model(model_stem).unlink(missing_ok=True)
+            model = self.names.model(model_stem)
+            model.unlink(missing_ok=True)
+            self.names.ema_beside(model).unlink(missing_ok=True)
         if state_stem is not None:
             shutil.rmtree(self.names.state(state_stem), ignore_errors=True)

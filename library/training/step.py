@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -94,6 +95,11 @@ class TrainStep(nn.Module):
         # A rank can hold nothing but padding: the last batch of a bucket has fewer samples than there are ranks.
         loss = weighted_mean(loss_B, weight_B, max(batch.num_real, 1))
         return StepOutput(loss, loss_B.detach(), (~finite_B).sum().float())
+
+    def encoded(self, batch: Batch, draw: Draw) -> Batch:
+        """The batch with encoded images and captions, for passes over it that need neither VAE nor text encoders."""
+        encoded = {"latents_B4hw": self._latents(batch, draw), "text": self._text(batch)}
+        return replace(batch, pixels_B3HW=None, moments_B8hw=None, tokens=None, **encoded)
 
     def _latents(self, batch: Batch, draw: Draw) -> Tensor:
         if batch.latents_B4hw is not None:

@@ -43,6 +43,15 @@ TRAINER_CASES = [
         {"sample_at_first": True, "sample_every_n_epochs": 5},
         "sample_every_n_epochs and sample_at_first need sample_prompts",
     ),
+    ("samples_need_prompts", {"sample_grid": True}, "sample_grid needs sample_prompts"),
+    ("validation_needs_images", {"validate_every_n_steps": 5}, "cannot act: no images are held out"),
+    (
+        "validation_timesteps_fit",
+        {"validation_split": 0.1, "min_timestep": 10, "max_timestep": 12, "validation_timesteps": 3},
+        "there are only 2 timesteps",
+    ),
+    ("ema_is_kept", {"ema_decay": 0.9, "save_ema": "only"}, "ema_decay and save_ema cannot act without use_ema"),
+    ("ema_decays_are_in_order", {"use_ema": True, "ema_decay": 0.9, "ema_min_decay": 0.95}, "above ema_decay"),
 ]
 GENERATOR_CASES = [
     ("checkpoint_is_named", {"ckpt": ""}, "ckpt is missing"),
@@ -102,6 +111,9 @@ def test_every_rule_has_a_case():
         {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ['step_rules="1:10,0.1"']},
         {"min_timestep": 499, "max_timestep": 500},
         {"sample_every_n_steps": 0},
+        {"validation_split": 0.1, "validate_every_n_steps": 5, "max_validation_steps": 2},
+        {"min_timestep": 10, "max_timestep": 12},
+        {"use_ema": True, "ema_update_interval": 10, "ema_device": "cpu", "save_ema": "last"},
         {"random_crop": True},
         {"cache_latents": True, "flip_aug": True},
     ],
@@ -152,6 +164,8 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
     ("changes", "start"),
     [
         ({"clip_skip": 2}, "clip_skip is only recorded"),
+        ({"use_ema": True, "ema_power": 0.75}, "ema_power has no effect"),
+        ({"use_ema": True, "save_ema": "none"}, "use_ema has no effect on any file"),
         ({"max_train_steps": 10, "max_train_epochs": 1}, "max_train_steps is ignored"),
         ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles has no effect"),
         ({"network_train_unet_only": True, "text_encoder_lr": [1e-4]}, "text_encoder_lr has no effect"),
