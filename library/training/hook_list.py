@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -28,9 +28,10 @@ from library.training.run import Parts, Run
 from library.training.save_hook import SaveHook
 from library.training.state import read_description
 from library.training.stop_hooks import NonFiniteHook, StopHook
+from library.training.trainable import ExportsNetwork
 from library.training.validation import Validation
 from library.training.validation_hook import ValidationHook
-from library.training.writing import ModelWriter
+from library.training.writing import CheckpointWriter, ModelWriter, checkpoint_format
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -57,17 +58,12 @@ def _stop(run: Run) -> StopHook:
 
 def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
     cfg, accelerator = run.cfg, run.accelerator
-    writer = ModelWriter(
-        run.trainable,
-        dtype=save_dtype(cfg.save.save_precision),
-        metadata=_metadata(run, parts),
-        cfg=cfg,
-        bundle=run.bundle,
-    )
+    writer = _writer(run, parts)
+    is_folder = isinstance(writer, CheckpointWriter) and writer.save_as == "diffusers"
     period = cfg.save.save_every_n_epochs
     if cfg.save.save_n_epoch_ratio:
         period = naming.save_period_from_ratio(parts.length.num_epochs, cfg.save.save_n_epoch_ratio)
-    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name)
+    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, "" if is_folder else ".safetensors")
     return SaveHook(
         names,
         cfg.save.model_copy(update={"save_every_n_epochs": period}),
@@ -92,6 +88,15 @@ def _validation(run: Run, parts: Parts, meters: LogHook | DrainHook) -> Validati
         scope=partial(evaluation, run, parts, averaged=cfg.validate_with_ema),
         note=meters.note,
     )
+
+
+def _writer(run: Run, parts: Parts) -> ModelWriter | CheckpointWriter:
+    cfg, dtype = run.cfg, save_dtype(run.cfg.save.save_precision)
+    if run.trainable.owns:
+        return CheckpointWriter(run.bundle, save_as=checkpoint_format(cfg, run.bundle), dtype=dtype, cfg=cfg)
+    trainable = cast(ExportsNetwork, run.trainable)
+    metadata = _metadata(run, parts, trainable.metadata())
+    return ModelWriter(trainable, dtype=dtype, metadata=metadata, cfg=cfg, bundle=run.bundle)
 
 
 def _preview(run: Run, parts: Parts) -> PreviewHook:
@@ -136,7 +141,7 @@ def _run_log(cfg: RunConfig) -> RunLog:
     return RunLog(output / f"{cfg.save.output_name or 'last'}-log.jsonl", tensorboard, resumed_step=resumed_step)
 
 
-def _metadata(run: Run, parts: Parts) -> dict[str, str]:
+def _metadata(run: Run, parts: Parts, own: dict[str, str]) -> dict[str, str]:
     cfg, data = run.cfg, run.data
     summary = data.summary()
     description = meta.RunDescription(
@@ -155,5 +160,5 @@ def _metadata(run: Run, parts: Parts) -> dict[str, str]:
         cfg.flat(),
         description,
         data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
-        run.trainable.export(None).metadata,
+        own,
     )

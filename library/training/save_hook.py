@@ -76,7 +76,10 @@ class SaveHook:
             return
         if model_stem is not None:
             model = self.names.model(model_stem)
-            model.unlink(missing_ok=True)
-            self.names.ema_beside(model).unlink(missing_ok=True)
+            for old in (model, self.names.ema_beside(model)):
+                if old.is_dir():  # a diffusers folder
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    old.unlink(missing_ok=True)
         if state_stem is not None:
             shutil.rmtree(self.names.state(state_stem), ignore_errors=True)

@@ -36,6 +36,7 @@ TRAINER_CASES = [
         "leave nothing to train",
     ),
     ("ranks_come_from_a_file", {"dim_from_weights": True}, "needs network_weights"),
+    ("networks_are_files", {"save_model_as": "diffusers"}, "a network is saved as a single file"),
     ("output_is_named", {"output_dir": ""}, "output_dir is missing"),
     ("samples_need_prompts", {"sample_every_n_steps": 5}, "sample_every_n_steps needs sample_prompts"),
     (
@@ -52,6 +53,20 @@ TRAINER_CASES = [
     ),
     ("ema_is_kept", {"ema_decay": 0.9, "save_ema": "only"}, "ema_decay and save_ema cannot act without use_ema"),
     ("ema_decays_are_in_order", {"use_ema": True, "ema_decay": 0.9, "ema_min_decay": 0.95}, "above ema_decay"),
+]
+FULL_CASES = [
+    (
+        "cached_text_encoders_stay",
+        {"cache_text_encoder_outputs": True, "train_text_encoder": True},
+        "exclude each other",
+    ),
+    ("something_has_a_rate", {"learning_rate": 0.0}, "nothing would train"),
+    ("something_has_a_rate", {"block_lr": [0.0] * 23}, "nothing would train"),
+    (
+        "something_has_a_rate",
+        {"learning_rate": 0.0, "train_text_encoder": True, "learning_rate_te1": 0.0, "learning_rate_te2": 0.0},
+        "nothing would train",
+    ),
 ]
 GENERATOR_CASES = [
     ("checkpoint_is_named", {"ckpt": ""}, "ckpt is missing"),
@@ -87,6 +102,12 @@ def test_trainer_rule_fires(problems_of, rule, changes, what):
     assert problem.fix
 
 
+@pytest.mark.parametrize(("rule", "changes", "what"), FULL_CASES)
+def test_rule_of_the_full_fine_tune_fires(problems_of, rule, changes, what):
+    (problem,) = problems_of(run="sdxl_train", **changes)
+    assert what in problem.what and problem.fix
+
+
 @pytest.mark.parametrize(("rule", "changes", "what"), GENERATOR_CASES)
 def test_generator_rule_fires(rule, changes, what):
     with pytest.raises(UserError) as caught:
@@ -96,7 +117,7 @@ def test_generator_rule_fires(rule, changes, what):
 
 
 def test_every_rule_has_a_case():
-    cases = {rule for rule, _, _ in TRAINER_CASES + GENERATOR_CASES + ADMIN_CASES}
+    cases = {rule for rule, _, _ in TRAINER_CASES + FULL_CASES + GENERATOR_CASES + ADMIN_CASES}
     assert {entry.check.__name__ for entry in validate.RULES} == cases
 
 
