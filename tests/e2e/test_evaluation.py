@@ -14,6 +14,7 @@ HELD = ["--validation_split=0.3", "--max_train_steps=6", "--network_dropout=0.1"
 SEEN = [
     "--validate_every_n_steps=2",
     "--validate_at_first",
+    "--validation_timesteps=2",
     "--use_ema",
     "--ema_decay=0.9",
     "--validate_with_ema",
