@@ -213,6 +213,15 @@ def _samples(cfg: RunConfig) -> Iterator[str]:
         yield "sample_prompts has no effect: set sample_every_n_steps, sample_every_n_epochs or sample_at_first"
 
 
+def _averages(cfg: RunConfig) -> Iterator[str]:
+    for name in ("ema_inv_gamma", "ema_power"):
+        if cfg.ema.use_ema and cfg.is_given(name) and not cfg.ema.ema_warmup:
+            yield f"{name} has no effect: it acts with ema_warmup"
+    is_seen = cfg.preview.sample_with_ema or cfg.validation.validate_with_ema
+    if cfg.ema.use_ema and cfg.ema.save_ema == "none" and not is_seen:
+        yield "use_ema has no effect on any file but saved states: set save_ema, sample_with_ema or validate_with_ema"
+
+
 def _generation(cfg: RunConfig) -> Iterator[str]:
     if cfg.generate.prompt and cfg.generate.from_file:
         yield "prompt is ignored: the prompts come from from_file"
@@ -228,4 +237,5 @@ _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _precision,
     _saving,
     _samples,
+    _averages,
 )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
     from library.config.loop import LoopOptions
@@ -43,6 +44,8 @@ class RunConfig:
     frozen: FrozenOptions
     save: SaveOptions
     preview: PreviewOptions
+    validation: ValidationOptions
+    ema: EmaOptions
     generate: GenerateOptions
     admin: AdminOptions
     report: ReportOptions

@@ -207,6 +207,11 @@ class TrainData:
         if self.validation is not None:
             self.validation.attach_text(store)
 
+    def share_caches(self, other: TrainData) -> None:
+        """Take encoded images and captions from where `other` takes them, also what is encoded when it is met."""
+        self._latents, self._text, self._filler = other._latents, other._text, other._filler
+        self._loader = None
+
     def set_length(self, total_steps: int) -> None:
         """Say how many optimizer steps the run has; a token warm-up over a share of the run needs it."""
         self._total_steps = total_steps

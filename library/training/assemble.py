@@ -14,6 +14,7 @@ from library.models import memory
 from library.training import early
 from library.training.build_update import build_update
 from library.training.draws import Draws
+from library.training.ema_hook import make_ema
 from library.training.hook_list import hooks as make_hooks
 from library.training.hooks import View
 from library.training.metrics import Meters
@@ -51,9 +52,12 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
         run_seed=run.seed,
         global_step=lambda: view.progress.global_step,
     )
+    ema = make_ema(cfg, trained)
     state = _state(run, trained, optimizer, scheduler, view)
+    if ema is not None:
+        state.others["ema"] = ema
     draws = Draws.of(cfg, run.seed)
-    parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state)
+    parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state, ema)
     announce = partial(_say_plan, run, parts)
     trainer = Trainer(
         accelerator, step, run.trainable, run.data, draws, update, scheduler, view, make_hooks(run, parts), announce
@@ -113,6 +117,4 @@ def _say_plan(run: Run, parts: Parts, seconds_per_step: float | None) -> None:
     end = end_text(seconds_per_step, length.total_steps - parts.view.progress.global_step, now=datetime.now())
     summary = run.data.summary()
     log.info(summary.text())
-    if summary.held_out:
-        log.info("the images held out for validation are not trained on; no validation loss is computed yet")
     log.info(plan_text(summary, parts.optimizer.param_groups, length, batch=batch, precision=precision, end=end))

@@ -75,6 +75,11 @@ class LogHook:
         text += f"epoch {view.progress.epoch + 1}/{view.num_epochs}"
         self._bar.set_postfix_str(text)
 
+    def note(self, view: View, record: dict[str, Any]) -> None:
+        """Write a record beside those of the steps, after all of these."""
+        self.flush(view)
+        self.run_log.note(record)
+
 
 @dataclass
 class DrainHook:
@@ -89,3 +94,7 @@ class DrainHook:
     def flush(self, view: View) -> None:
         """Forget everything collected so far."""
         view.meters.flush()
+
+    def note(self, view: View, record: dict[str, Any]) -> None:
+        """Nothing: the main process writes it."""
+        self.flush(view)

@@ -60,6 +60,9 @@ SAME_NAME = (
     "validation_seed",
     "validation_split",
     "zero_terminal_snr",
+    "max_validation_steps",
+    "validate_every_n_epochs",
+    "validate_every_n_steps",
 )
 
 
@@ -69,9 +72,6 @@ NOT_USED = {
     for name, value in {
         "lowram": False,
         "scale_weight_norms": None,
-        "max_validation_steps": None,
-        "validate_every_n_epochs": None,
-        "validate_every_n_steps": None,
     }.items()
 }
 

@@ -92,6 +92,14 @@ class RunLog:
                     self._writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
         self._file.flush()
 
+    def note(self, record: dict[str, Any]) -> None:
+        """Append a record beside the per-step ones: `step`, `epoch`, and numbers whose names hold a "/"."""
+        self._file.write(json.dumps({**record, "time": round(time.time() - self._started, 3)}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if "/" in name:
+                self._writer.add_scalar(name, value, record["step"])
+
     def scalar(self, name: str, value: float, step: int) -> None:
         """One number outside the per-step records."""
         self._writer.add_scalar(name, value, step)

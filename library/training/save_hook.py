@@ -75,10 +75,11 @@ class SaveHook:
         if not self.is_main:
             return
         if model_stem is not None:
-            old = self.names.model(model_stem)
-            if old.is_dir():  # a diffusers folder
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.unlink(missing_ok=True)
+            model = self.names.model(model_stem)
+            for old in (model, self.names.ema_beside(model)):
+                if old.is_dir():  # a diffusers folder
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    old.unlink(missing_ok=True)
         if state_stem is not None:
             shutil.rmtree(self.names.state(state_stem), ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -76,8 +77,8 @@ class TrainStep(nn.Module):
         # DDP starts would only cost time.
         self._ddp_params_and_buffers_to_ignore = frozen + buffers
 
-    def forward(self, batch: Batch, draw: Draw) -> StepOutput:
-        """Loss of one micro-batch; `batch` and `draw` are on the module's device."""
+    def forward(self, batch: Batch, draw: Draw, *, plain: bool = False) -> StepOutput:
+        """Loss of one micro-batch; `batch` and `draw` are on the module's device. `plain`: without DREAM's target."""
         latents = self._latents(batch, draw) * self.bundle.scaling_factor
         finite_B = torch.isfinite(latents).flatten(1).all(dim=1)
         latents = torch.where(finite_B.view(-1, 1, 1, 1), latents, 0.0)
@@ -95,7 +96,7 @@ class TrainStep(nn.Module):
             return noisy, sdxl.predict(self.unet, noisy, schedule.timestep(t_B), text, batch.sizes_B6)
 
         with self.trainable.forward_scope(batch):
-            if self.objective.dream is not None:
+            if self.objective.dream is not None and not plain:
                 with torch.no_grad():
                     noisy, first = predict(input_noise)
                 foreseen = predicted_noise(
@@ -110,6 +111,11 @@ class TrainStep(nn.Module):
         # A rank can hold nothing but padding: the last batch of a bucket has fewer samples than there are ranks.
         loss = weighted_mean(loss_B * factor_B, weight_B, max(batch.num_real, 1))
         return StepOutput(loss, loss_B.detach(), (~finite_B).sum().float())
+
+    def encoded(self, batch: Batch, draw: Draw) -> Batch:
+        """The batch with encoded images and captions, for passes over it that need neither VAE nor text encoders."""
+        encoded = {"latents_B4hw": self._latents(batch, draw), "text": self._text(batch)}
+        return replace(batch, pixels_B3HW=None, moments_B8hw=None, tokens=None, **encoded)
 
     def _latents(self, batch: Batch, draw: Draw) -> Tensor:
         if batch.latents_B4hw is not None:

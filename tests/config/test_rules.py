@@ -126,6 +126,15 @@ TRAINER_CASES = [
         {"sample_at_first": True, "sample_every_n_epochs": 5},
         "sample_every_n_epochs and sample_at_first need sample_prompts",
     ),
+    ("samples_need_prompts", {"sample_grid": True}, "sample_grid needs sample_prompts"),
+    ("validation_needs_images", {"validate_every_n_steps": 5}, "cannot act: no images are held out"),
+    (
+        "validation_timesteps_fit",
+        {"validation_split": 0.1, "min_timestep": 10, "max_timestep": 12, "validation_timesteps": 3},
+        "there are only 2 timesteps",
+    ),
+    ("ema_is_kept", {"ema_decay": 0.9, "save_ema": "only"}, "ema_decay and save_ema cannot act without use_ema"),
+    ("ema_decays_are_in_order", {"use_ema": True, "ema_decay": 0.9, "ema_min_decay": 0.95}, "above ema_decay"),
 ]
 FULL_CASES = [
     (
@@ -219,6 +228,9 @@ def test_every_rule_has_a_case():
         {"adaptive_noise_scale": 0, "min_snr_gamma": 0, "soft_min_snr_gamma": 0, "p2_gamma": 1},
         {"adaptive_noise_scale": -0.1, "noise_offset": 0.1, "snr_gamma": 5, "input_perturbation": 0.1},
         {"sample_every_n_steps": 0},
+        {"validation_split": 0.1, "validate_every_n_steps": 5, "max_validation_steps": 2},
+        {"min_timestep": 10, "max_timestep": 12},
+        {"use_ema": True, "ema_update_interval": 10, "ema_device": "cpu", "save_ema": "last"},
         {"random_crop": True},
         {"full_bf16": True, "mixed_precision": "bf16", "stochastic_rounding": False},
         {"full_fp16": True, "mixed_precision": "fp16"},
@@ -282,6 +294,8 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
     ("changes", "start"),
     [
         ({"clip_skip": 2}, "clip_skip is only recorded"),
+        ({"use_ema": True, "ema_power": 0.75}, "ema_power has no effect"),
+        ({"use_ema": True, "save_ema": "none"}, "use_ema has no effect on any file"),
         ({"max_train_steps": 10, "max_train_epochs": 1}, "max_train_steps is ignored"),
         ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles has no effect"),
         ({"lr_scheduler_power": 2.0, "lr_scheduler": "cosine"}, "lr_scheduler_power has no effect"),
