@@ -13,6 +13,7 @@ from library.log import get_logger
 from library.models import memory
 from library.plugins import load_plugin
 from library.training import early
+from library.training.broken_steps import BrokenSteps, image_name
 from library.training.draws import Draws
 from library.training.hook_list import hooks as make_hooks
 from library.training.hooks import View
@@ -43,7 +44,7 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
     optimizer = early.optimizer(cfg, groups)
     scheduler = early.scheduler(cfg, optimizer, total_steps=length.total_steps)
     update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)
-    view = View(Progress(), length.total_steps, length.num_epochs, Meters())
+    view = View(Progress(), length.total_steps, length.num_epochs, _meters(run, length.total_steps))
     state = _state(run, trained, optimizer, scheduler, view)
     draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
     parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state)
@@ -83,6 +84,11 @@ def _step(run: Run, trained: torch.nn.Module) -> TrainStep:
         mask_by_area=run.cfg.data.masked_loss_normalize == "area",
     )
     return step.train()
+
+
+def _meters(run: Run, total_steps: int) -> Meters:
+    broken = BrokenSteps(has_scaler=run.accelerator.scaler is not None, name_of=partial(image_name, run.data.table))
+    return Meters(run.cfg.loop.log_every_n_steps, total_steps, broken=broken)
 
 
 def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:

@@ -17,6 +17,7 @@ from library.inference.samplers import make_scheduler
 from library.log import get_logger
 from library.models import attention
 from library.sizes import Size
+from library.training import trackers
 from library.training.lr import build_scheduler
 from library.training.optim import build_optimizer
 from library.training.state import read_description
@@ -40,6 +41,8 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
             where=f"--output_dir {cfg.save.output_dir}",
             fix="name a folder that you may write to",
         ) from error
+    if accelerator.is_main_process:
+        trackers.check(cfg)
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
     trial = optimizer(cfg, [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
     scheduler(cfg, trial, total_steps=1000)

@@ -17,6 +17,7 @@ from library.inference.prompt_line import GenRequest
 from library.inference.texts import TextForm
 from library.log import get_logger
 from library.training.hooks import Event, View
+from library.training.requests import SAMPLE
 
 if TYPE_CHECKING:
     from library.models.bundle import ModelBundle
@@ -27,6 +28,8 @@ log = get_logger(__name__)
 def is_due(event: Event, view: View, settings: Any) -> bool:
     """Whether `event` makes sample pictures; a period in epochs switches the period in steps off, as in sd-scripts."""
     progress = view.progress
+    if event is Event.STEP and SAMPLE in view.requested:
+        return True
     if event is Event.START:
         return settings.sample_at_first and progress.global_step == 0
     if event is Event.EPOCH and settings.sample_every_n_epochs:
