@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORKS_LATER, ROOT
+from library.config.fields import NETWORK, TRAINER
 from library.config.known_flags import nearest
 from library.config.run_config import RunConfig
 from library.config.tracker_file import tracker_problem
@@ -25,13 +26,14 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
         problems += _check_existing(cfg, "from_file", kind="file")
         for name in ("network_module", "network_weights"):
             problems += [] if name in wrong else _check_many(cfg, name)
-    elif cfg.run == "sdxl_train_network":
-        problems += _check_existing(cfg, "network_weights", kind="file")
+    elif cfg.run in TRAINER:
+        name = "network_weights" if cfg.run in NETWORK else "unet_config"
+        problems += _check_existing(cfg, name, kind="file")
         problems += _check_existing(cfg, "resume", kind="folder")
         problems += _check_prompts(cfg)
         problems += _check_output(cfg)
         problems += _check_trackers(cfg)
-        if "network_module" not in wrong:
+        if cfg.run in NETWORK and "network_module" not in wrong:
             problems += _check_network_module(cfg)
     return problems
 

@@ -142,7 +142,9 @@ class DataOptions(Group):
         False, "cache the VAE's mean and variance, so that every epoch draws fresh latents", acts=TRAINER | LATENTS
     )
     cache_in_background: bool = option(
-        False, "start training at once and cache each image when it is first used", acts=TRAINER
+        False,
+        "start training at once and cache each image, at all its resolutions, when it is first used",
+        acts=TRAINER,
     )
     cache_text_encoder_outputs: bool = option(
         False,
@@ -174,7 +176,12 @@ class DataOptions(Group):
     text_encoder_batch_size: int = option(
         8, "captions that are encoded at once for a cache", ge=1, acts=TRAINER | TEXTS
     )
-    skip_cache_check: bool = option(False, "trust existing cache files without opening them", acts=SHARED)
+    skip_cache_check: bool = option(
+        False,
+        "do not check what existing cache files were made from, only that they hold what the run needs; latents alone, "
+        "at one resolution, are not even opened",
+        acts=SHARED,
+    )
     legacy_crop_conditioning: bool = option(
         False,
         "use sd-scripts' crop numbers (margins of a contain fit) instead of the real crop",

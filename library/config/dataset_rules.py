@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from library.config.dataset_spec import DatasetSpec
+from library.config.fields import TRAINER
 from library.config.run_config import RunConfig
 from library.errors import Problem
 
 # The latents of SDXL are halved twice inside the U-Net: 8 * 4 pixels.
 BUCKET_STEP_UNIT = 32
 
-NO_CONTROL_RUNS = frozenset({"sdxl_train_network"})
+NO_CONTROL_RUNS = TRAINER
 """Runs that have no use for condition images."""
 
 # What gives a caption another wording on each visit that can be made ahead of training.

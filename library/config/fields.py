@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationInfo, f
 
 from library.sizes import Size, parse_resolution
 
-TRAINER = frozenset({"sdxl_train_network"})
+NETWORK = frozenset({"sdxl_train_network"})
+FULL = frozenset({"sdxl_train"})
+TRAINER = NETWORK | FULL
 LATENTS = frozenset({"cache_latents"})
 TEXTS = frozenset({"cache_text_encoder_outputs"})
 GENERATOR = frozenset({"sdxl_gen_img"})

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.config.fields import EVERY_RUN, GENERATOR, LATENTS, SHARED, TEXTS
+from library.config.fields import EVERY_RUN, FULL, GENERATOR, LATENTS, SHARED, TEXTS
 from library.config.runs import RUNS
 from library.errors import Problem
 
@@ -49,6 +49,8 @@ NO_EFFECT: dict[str, tuple[frozenset[str], str]] = {
     "highvram": (SHARED, "the memory cache is never cleared between batches"),
     "skip_existing": (LATENTS | TEXTS, "existing cache files are always kept when they are still right"),
     "cache_info": (SHARED, "sizes and captions are always kept in an index of each image folder"),
+    "use_safetensors": (FULL | LATENTS | TEXTS, "safetensors is the only format that is written"),
+    "diffusers_xformers": (FULL | LATENTS | TEXTS, "it concerns the VAE only; --xformers sets the U-Net's attention"),
     "sdxl": (LATENTS | TEXTS | GENERATOR, "every model here is an SDXL model"),
     "no_preview": (GENERATOR, "no window is ever opened"),
     "clip_skip": (GENERATOR, "SDXL always uses the penultimate layer of its text encoders"),

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import Group, option
+from library.config.fields import NETWORK, Group, option
 from library.config.key_values import split_pairs
 
 
@@ -14,6 +14,7 @@ class NetworkOptions(Group):
     """Which adapter is trained, on what, and how large it is."""
 
     title: ClassVar[str] = "network"
+    acts: ClassVar[frozenset[str]] = NETWORK
 
     network_module: str | None = option(None, "kind of network: networks.lora, or the module path of your own")
     network_dim: int | None = option(None, "rank of the network (unset: 4)", ge=1)

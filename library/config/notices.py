@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from library.config.fields import FULL, NETWORK, TRAINER
 from library.config.run_config import RunConfig
 
 
@@ -13,8 +14,12 @@ def notices(cfg: RunConfig) -> list[str]:
     if "loop" not in cfg.groups:
         return list(_generation(cfg))
     found = list(_data(cfg))
-    if cfg.run == "sdxl_train_network":
+    if cfg.run in TRAINER:
         found += [sentence for part in _TRAINING for sentence in part(cfg)]
+    if cfg.run in NETWORK:
+        found += list(_network(cfg))
+    if cfg.run in FULL:
+        found += list(_finetune(cfg))
     return found
 
 
@@ -69,6 +74,15 @@ def _network(cfg: RunConfig) -> Iterator[str]:
         yield "unet_lr has no effect: network_train_text_encoder_only leaves the U-Net as it is"
 
 
+def _finetune(cfg: RunConfig) -> Iterator[str]:
+    finetune, rate = cfg.finetune, cfg.optim.learning_rate
+    for name in ("learning_rate_te1", "learning_rate_te2"):
+        if cfg.get(name) and not finetune.train_text_encoder:
+            yield f"{name} has no effect: set train_text_encoder to train the text encoders"
+    if finetune.block_lr and not rate:
+        yield "block_lr has no effect: learning_rate 0 leaves the whole U-Net as it is"
+
+
 def _saving(cfg: RunConfig) -> Iterator[str]:
     save = cfg.save
     if save.save_n_epoch_ratio and save.save_every_n_epochs:
@@ -112,7 +126,6 @@ _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model,
     _length,
     _learning_rate,
-    _network,
     _saving,
     _logging,
     _samples,

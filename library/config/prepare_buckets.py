@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--recursive", action="store_true", help="search sub-folders too (needs --full_path)")
     add("--flip_aug", action="store_true", help="keep the latents of the mirror images too")
     add("--alpha_mask", nargs="?", const="1", default="", help="keep the alpha channel as a loss mask")
-    add("--skip_existing", action="store_true", help="trust existing npz files without looking into them")
+    skipping = "do not check what existing npz files were made from; plain latents are then not opened"
+    add("--skip_existing", action="store_true", help=skipping)
     add("--v2", action="store_true", help=argparse.SUPPRESS)
     return parser

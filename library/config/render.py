@@ -22,6 +22,7 @@ from library.config.toml_file import toml_value
 
 _LETTERS = {
     "sdxl_train_network": "N",
+    "sdxl_train": "T",
     "cache_latents": "L",
     "cache_text_encoder_outputs": "E",
     "cache_admin": "A",
@@ -73,8 +74,8 @@ def _introduction() -> Iterator[str]:
     for name, run in RUNS.items():
         yield f"| {_LETTERS[name]} | `{run.script}` | {run.purpose} |"
     yield ""
-    yield "The cache tools and the report accept every option of the trainer, so that one file serves all of them; they"
-    yield "act on those that carry their letter and ignore the rest."
+    yield "The cache tools and the report accept every option of the trainers, so that one file serves all of them;"
+    yield "they act on those that carry their letter and ignore the rest."
     yield ""
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
     from library.config.loop import LoopOptions
     from library.config.model import ModelOptions
@@ -35,6 +36,7 @@ class RunConfig:
     diffusion: DiffusionOptions
     optim: OptimOptions
     network: NetworkOptions
+    finetune: FinetuneOptions
     loop: LoopOptions
     save: SaveOptions
     preview: PreviewOptions

@@ -8,6 +8,7 @@ from library.config.admin import AdminOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
 from library.config.fields import Group, Option
+from library.config.finetune import FinetuneOptions
 from library.config.generate import GenerateOptions
 from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
@@ -44,50 +45,53 @@ class Run:
 
 DATA_TOOLS = frozenset({"cache_latents", "cache_text_encoder_outputs", "cache_admin", "dataset_report"})
 
-_TRAINING: dict[str, type[Group]] = {
+_SHARED: dict[str, type[Group]] = {
     "model": ModelOptions,
     "data": DataOptions,
     "diffusion": DiffusionOptions,
     "optim": OptimOptions,
-    "network": NetworkOptions,
     "loop": LoopOptions,
     "save": SaveOptions,
     "preview": PreviewOptions,
 }
+_NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions}
+_FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}
+_TRAINING = {**_NETWORK, **_FULL}
 
-# The tools accept the trainer's options because users give them the trainer's TOML file; the `acts` of each
+# The tools accept the trainers' options because users give them a trainer's TOML file; the `acts` of each
 # option says which of them have an effect there.
 RUNS: dict[str, Run] = {
     run.name: run
     for run in (
-        Run("sdxl_train_network", "sdxl_train_network.py", "Train a LoRA.", _TRAINING, frozenset("N")),
+        Run("sdxl_train_network", "sdxl_train_network.py", "Train a LoRA.", _NETWORK, frozenset("N")),
+        Run("sdxl_train", "sdxl_train.py", "Fine-tune the whole model.", _FULL, frozenset("T")),
         Run(
             "cache_latents",
             "tools/cache_latents.py",
             "Encode all images of a dataset once and keep the latents on disk.",
             _TRAINING,
-            frozenset({"cl", "N"}),
+            frozenset({"cl", "N", "T"}),
         ),
         Run(
             "cache_text_encoder_outputs",
             "tools/cache_text_encoder_outputs.py",
             "Encode all captions of a dataset once and keep the result on disk.",
             _TRAINING,
-            frozenset({"ct", "N"}),
+            frozenset({"ct", "N", "T"}),
         ),
         Run(
             "cache_admin",
             "tools/cache_admin.py",
             "Look after the caches of a dataset: status, verify, pack, unpack or clean.",
             {"admin": AdminOptions, **_TRAINING},
-            frozenset("N"),
+            frozenset("NT"),
         ),
         Run(
             "dataset_report",
             "tools/dataset_report.py",
             "Show what a run would train on: buckets, crops, captions, problems.",
             {"report": ReportOptions, **_TRAINING},
-            frozenset({"N"}),
+            frozenset({"N", "T"}),
         ),
         Run(
             "sdxl_gen_img",

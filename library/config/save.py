@@ -19,7 +19,11 @@ class SaveOptions(Group):
     save_precision: str | None = option(
         None, "number format in the file (unset: as trained)", choices=["float", "fp16", "bf16"]
     )
-    save_model_as: str = option("safetensors", "file format", choices=["safetensors"])
+    save_model_as: str | None = option(
+        None,
+        "file format: a single file, or a diffusers folder for the full fine-tune (unset: as the base model was)",
+        choices=["safetensors", "diffusers", "diffusers_safetensors"],
+    )
     save_every_n_epochs: int | None = option(None, "save after every Nth epoch", ge=1, zero_is_unset=True)
     save_every_n_steps: int | None = option(None, "save after every Nth step", ge=1, zero_is_unset=True)
     save_n_epoch_ratio: int | None = option(

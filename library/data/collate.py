@@ -21,8 +21,16 @@ from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.sample_draws import Visit, draw_sample
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
-from library.data.transforms import apply_crop, crop_info, read_control, read_pictures
-from library.data.types import Awaited, Batch, SampleKey
+from library.data.transforms import (
+    Pictures,
+    apply_crop,
+    crop_info,
+    cut_plain,
+    decode_scale,
+    read_control,
+    read_pictures,
+)
+from library.data.types import Awaited, Batch, Beside, SampleKey
 from library.diffusion.conditioning import TextCond
 from library.diffusion.crops import CropInfo, legacy_size_ids, size_ids
 from library.diffusion.masks import CELL, mask_cells
@@ -42,7 +50,8 @@ class Sample:
     """One finished row: what it shows (exactly one of `pixels_3HW`, `latents_4hw` and `moments_8hw` is set) and what
     goes with it.
 
-    `awaits` is set when the pixels, of the plain image, are there to be encoded for the cache first.
+    `awaits` is set when the pixels, of the plain image, are there to be encoded for the cache first; `beside` is the
+    image at its other resolutions, as far as they are to be encoded as well.
     """
 
     key: SampleKey
@@ -56,6 +65,7 @@ class Sample:
     control_3HW: Tensor | None = None
     text: TextCond | None = None
     awaits: Awaited | None = None
+    beside: tuple[Beside, ...] = ()
 
 
 class BatchBuilder(Dataset):
@@ -112,11 +122,12 @@ class BatchBuilder(Dataset):
         """What a sample shows, without its text; from the cache when there is one."""
         record, filter_name = image.record, image.record.subset.resize_interpolation
         key = SampleKey(record.key, row.repeat)
+        pictures = None
         if self.latents is not None and not self.latents.awaits(row.image):
             sample = self._cached(key, crop, row, weight=record.weight)
             control_HW3 = read_control(record)
         else:
-            image_HW3, mask_HW, control_HW3 = read_pictures(record, image.placement)
+            image_HW3, mask_HW, control_HW3 = pictures = read_pictures(record, image.placement)
             window_HW3 = apply_crop(image_HW3, crop, interpolation=filter_name)
             pixels = to_pixels(window_HW3 if colours is None else shift_colours(window_HW3, colours))
             mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]
@@ -125,6 +136,7 @@ class BatchBuilder(Dataset):
                 awaits = Awaited(row.image, crop.flipped)
                 pixels = pixels.flip(-1) if crop.flipped else pixels
             sample = Sample(key, "", crop, record.weight, pixels_3HW=pixels, mask_1hw=mask, awaits=awaits)
+        sample = replace(sample, beside=self._beside(image, row, pictures))
         if control_HW3 is None:
             return sample
         return replace(sample, control_3HW=cut_control(control_HW3, crop, interpolation=filter_name))
@@ -138,6 +150,28 @@ class BatchBuilder(Dataset):
         if moments is None:
             return Sample(key, "", crop, weight, latents_4hw=latents, mask_1hw=mask)
         return Sample(key, "", crop, weight, moments_8hw=moments, mask_1hw=mask)
+
+    def _beside(self, image: PlacedImage, row: Row, pictures: Pictures | None) -> tuple[Beside, ...]:
+        """The image at all other resolutions that a cache still lacks; it comes along once an epoch.
+
+        Only what has to be decoded on another scale is not cut from `pictures`, which are at the scale of `image`.
+        """
+        if self.latents is None or not self.latents.is_filling or row.repeat:
+            return ()
+        record = image.record
+        decoded = {} if pictures is None else {decode_scale(record, image.placement): pictures}
+        waiting = {self.latents.number(other): other for other in self.table.rows_of(self._image_of(row))}
+        waiting.pop(self.latents.number(row.image))
+        beside = []
+        for other in waiting.values():
+            if self.latents.awaits(other):
+                placement = self.table.placement(other)
+                scale = decode_scale(record, placement)
+                if scale not in decoded:
+                    decoded[scale] = read_pictures(record, placement, with_control=False)
+                plain = cut_plain(decoded[scale], record, placement)
+                beside.append(Beside(other, plain.image, plain.mask))
+        return tuple(beside)
 
     def _image_of(self, row: Row) -> int:
         return int(self.table.image_of[row.image])
@@ -180,6 +214,7 @@ class BatchBuilder(Dataset):
             latents_B4hw=_stack(_rows_of("latents_4hw", samples)),
             moments_B8hw=_stack(_rows_of("moments_8hw", samples)),
             awaits=tuple(sample.awaits for sample in samples) if awaited else (),
+            beside=tuple(picture for sample in samples[:num_real] for picture in sample.beside),
             mask_B1hw=_masks(samples, work.rows.bucket),
             control_B3HW=_stack([sample.control_3HW for sample in samples]),
             text=TextCond.cat(texts) if (texts := [s.text for s in samples if s.text is not None]) else None,

@@ -178,22 +178,25 @@ class TrainData:
     def fill_latents(self, filler: LatentFiller) -> None:
         """Take images from the cache that `filler` completes while the epochs run. A collective call."""
         self._filler = filler
-        self._take_filled()
+        store = filler.end_epoch()
+        self.drop(filler.failures)  # of held-out images: no other has been met
+        self._take_filled(store)
 
     def finish_filling(self) -> None:
         """Tell the other ranks what was made since the last full epoch. A collective call at the end of a run."""
         if self._filler is not None and not self._filler.is_complete:
-            self._take_filled()
+            self._take_filled(self._filler.end_epoch())
 
     def close(self) -> None:
         """Store latents that are still to be stored."""
         if self._filler is not None:
             self._filler.close()
 
-    def _take_filled(self) -> None:
-        assert self._filler is not None
-        self._latents = self._filler.end_epoch()
+    def _take_filled(self, store: LatentStore) -> None:
+        self._latents = store
         self._loader = None
+        if self.validation is not None:
+            self.validation.attach_latents(store)
 
     def attach_text(self, store: TextStore) -> None:
         """Take encoded captions from `store` from now on; captions are no longer tokenised."""
@@ -235,8 +238,8 @@ class TrainData:
             group = plan[step]
             micro_batches = [self._finish(next(batches)) for _ in group]
             yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
-        if self._latents is not None and self._latents.is_filling:
-            self._take_filled()
+        if self._filler is not None and not self._filler.is_complete:
+            self._take_filled(self._filler.end_epoch())
 
     def summary(self) -> DataSummary:
         """Counts for the plan that is printed before training; tokens are counted once, by the first rank."""

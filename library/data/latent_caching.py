@@ -26,10 +26,10 @@ from library.data.progress import progress_bar
 from library.data.records import READ_ERRORS, PlacedImage, Skipped
 from library.data.stores import LatentStore
 from library.data.table import ImageTable, text_id
-from library.data.transforms import apply_crop, apply_crop_to_mask, crop_info, read_pictures
+from library.data.transforms import Pictures, cut_plain, read_pictures
 from library.diffusion.crops import legacy_crop_ltrb
 from library.diffusion.posterior import sample_posterior
-from library.io.latent_cache import CacheCheck, LatentEntry
+from library.io.latent_cache import LatentEntry
 from library.seeds import derive_seed
 
 WAITING_CHUNKS = 4
@@ -44,7 +44,8 @@ In a pass that keeps moments, moments_B8hw take the place of the latents, and th
 
 @dataclass(frozen=True)
 class LatentCacheOptions:
-    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts old files.
+    """How to cache: `batch_size` images per VAE call; `vae_id` names the weights; `skip_check` trusts what old
+    files were made from.
 
     `place` is where entries on disk lie. With `moments` the posterior's mean and log-variance are kept with the
     latents.
@@ -56,13 +57,6 @@ class LatentCacheOptions:
     skip_check: bool = False
     place: CachePlace = BESIDE_THE_IMAGES
     moments: bool = False
-
-
-class Decoded(NamedTuple):
-    """An image cut to its bucket, uint8 (H, W, 3), and its mask, uint8 (H, W)."""
-
-    pixels: np.ndarray
-    mask: np.ndarray | None
 
 
 class Built(NamedTuple):
@@ -94,9 +88,9 @@ def build_latents(
     assert not any(subset.random_crop or subset.color_aug for subset in table.subsets), "a cached image has one look"
     work = LatentPass(table, options)
     checks = work.backend.look(rank=rank, world=world)
-    work.backend.prepare([number for number, check in enumerate(checks) if not usable(check)])
-    chunks = _chunks(work, checks, options.batch_size)
-    parts = exchange(_build(work, chunks, encode, rank=rank, world=world))
+    missing = [number for number, check in enumerate(checks) if not usable(check)]
+    work.backend.prepare(missing)
+    parts = exchange(build_entries(work, missing, encode, rank=rank, world=world))
     report = CacheReport(stale=stale_entries(work.backend.place, checks))
     reused = [number for number, check in enumerate(checks) if usable(check)]
     reused += [number for part in parts for number in part.found]
@@ -162,14 +156,13 @@ def mask_ids(table: ImageTable) -> np.ndarray:
     return ids[table.image_of]
 
 
-def _chunks(work: LatentPass, checks: Sequence[CacheCheck], batch_size: int) -> list[Sequence[int]]:
+def _chunks(work: LatentPass, missing: Sequence[int]) -> list[Sequence[int]]:
     """Numbers of the entries to encode, in batches of one bucket, smallest buckets first."""
     groups: defaultdict[tuple, list[int]] = defaultdict(list)
-    for number, check in enumerate(checks):
-        if not usable(check):
-            bucket = work.table.placement(int(work.targets.first[number])).bucket
-            groups[bucket.area, bucket, bool(work.needs_flip[number])].append(number)
-    return [chunk for key in sorted(groups) for chunk in chunked(groups[key], batch_size)]
+    for number in missing:
+        bucket = work.table.placement(int(work.targets.first[number])).bucket
+        groups[bucket.area, bucket, bool(work.needs_flip[number])].append(number)
+    return [chunk for key in sorted(groups) for chunk in chunked(groups[key], work.options.batch_size)]
 
 
 def _scattered(work: LatentPass, chunks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -186,19 +179,22 @@ def _scattered(work: LatentPass, chunks: Sequence[Sequence[int]]) -> list[Sequen
     return scattered
 
 
-def _build(
+def build_entries(
     work: LatentPass,
-    chunks: Sequence[Sequence[int]],
+    missing: Sequence[int],
     encode: Callable[[], LatentEncoder],
     *,
     rank: int,
     world: int,
 ) -> Built:
-    """Encode this rank's chunks: images are decoded ahead of the encoder, entries are stored behind it."""
+    """Encode this rank's share of the entries: images are decoded ahead of the encoder, entries stored behind it.
+
+    `missing` are the numbers of the entries that all ranks together have to make.
+    """
     numbers: list[int] = []
     found: list[int] = []
     failed: list[Skipped] = []
-    mine = _scattered(work, chunks[rank::world])
+    mine = _scattered(work, _chunks(work, missing)[rank::world])
     if mine:
         encoder = encode()
         title = "caching latents" if world == 1 else f"caching latents, process {rank + 1} of {world}"
@@ -267,13 +263,13 @@ def _prepared(work: LatentPass, chunks: Sequence[Sequence[int]]) -> Generator[Ch
             pool.shutdown(cancel_futures=True)
 
 
-def _ready(work: LatentPass, numbers: Sequence[int], decoded: Sequence[Decoded | Skipped | None]) -> Chunk:
+def _ready(work: LatentPass, numbers: Sequence[int], decoded: Sequence[Pictures | Skipped | None]) -> Chunk:
     results = list(zip(numbers, decoded, strict=True))
     failed = [result for _, result in results if isinstance(result, Skipped)]
     found = [number for number, result in results if result is None]
-    good = {number: result for number, result in results if isinstance(result, Decoded)}
+    good = {number: result for number, result in results if isinstance(result, Pictures)}
     masks = {number: to_mask(pictures.mask) for number, pictures in good.items() if pictures.mask is not None}
-    pixels = {number: to_pixels(pictures.pixels) for number, pictures in good.items()}
+    pixels = {number: to_pixels(pictures.image) for number, pictures in good.items()}
     return make_chunk(work, pixels, masks=masks, failed=failed, found=found)
 
 
@@ -304,21 +300,17 @@ def make_chunk(
     )
 
 
-def _decode_unless_there(work: LatentPass, number: int) -> Decoded | Skipped | None:
+def _decode_unless_there(work: LatentPass, number: int) -> Pictures | Skipped | None:
     """The cropped image and mask; None when another run has made the entry by now."""
     if usable(work.backend.look_again(number)):
         return None
     return _decode(work.image(number))
 
 
-def _decode(image: PlacedImage) -> Decoded | Skipped:
-    record, filter_name = image.record, image.record.subset.resize_interpolation
+def _decode(image: PlacedImage) -> Pictures | Skipped:
+    record, placement = image.record, image.placement
     try:
-        crop = crop_info(record.size, image.placement, flipped=False)
-        pixels, mask, _ = read_pictures(record, image.placement, with_control=False)
-        if mask is not None:
-            mask = apply_crop_to_mask(mask, crop, interpolation=filter_name)
-        return Decoded(apply_crop(pixels, crop, interpolation=filter_name), mask)
+        return cut_plain(read_pictures(record, placement, with_control=False), record, placement)
     except READ_ERRORS as error:
         return Skipped.because_of(record.path, error)
 

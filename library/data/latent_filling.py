@@ -1,13 +1,14 @@
 """Fills the cache of latents while training runs: an image is encoded when it is first met, just as a pass would.
 
-The first epoch leaves the cache complete, because it meets every image. A run that is resumed within it, or whose
-latents lie in memory, may need a part of the next epoch; one at several resolutions needs as many epochs as it takes to
-meet every image at each.
+An image that is met at one of several resolutions is encoded at all of them. Held-out images, which no epoch of
+training meets, are encoded before the first. So one whole epoch leaves the cache complete; a run that is resumed within
+its first, or whose latents lie in memory, may need a part of the next.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,20 +17,22 @@ import numpy as np
 import torch
 
 from library.data.background import Behind
-from library.data.caching import exchange, stale_entries, usable
+from library.data.caching import chunked, exchange, stale_entries, usable
 from library.data.latent_caching import (
     WAITING_CHUNKS,
     LatentCacheOptions,
     LatentEncoder,
     LatentPass,
+    build_entries,
     encode_chunk,
     make_chunk,
     store,
 )
+from library.data.pixels import to_mask, to_pixels
 from library.data.records import Skipped
 from library.data.stores import LatentStore
 from library.data.table import ImageTable
-from library.data.types import Batch
+from library.data.types import Batch, Beside
 from library.io.latent_cache import LatentEntry
 from library.log import get_logger
 
@@ -42,9 +45,10 @@ REMEMBERED = 256
 class LatentFiller:
     """Encodes what a batch awaits and keeps it; entries are equal to those of `build_latents`.
 
-    `encode` is called once, and only when something is missing; `done` when nothing is any more. Every rank fills in
-    what it meets; after each epoch the ranks tell each other (`end_epoch`). An image without finite latents costs its
-    samples, as without a cache. `is_complete`: whether the ranks found at their last meeting that nothing is missing.
+    `table` is the whole one; the images in it that are held out are encoded at once. `encode` is called once, and only
+    when something is missing; `done` when nothing is any more. Every rank fills in what it meets; after each epoch the
+    ranks tell each other (`end_epoch`). An image without finite latents costs its samples, as without a cache.
+    `is_complete`: whether the ranks found at their last meeting that nothing is missing.
     """
 
     def __init__(
@@ -68,8 +72,13 @@ class LatentFiller:
         self.is_complete = False
         self._failed: dict[int, Skipped] = {}
         stale = stale_entries(self._work.backend.place, checks)
-        log.info(f"latents: {len(self._right)} cached, {self._missing()} to be cached when met, {len(stale)} stale")
+        held_out = self._missing_of_held_out()
+        log.info(
+            f"latents: {len(self._right)} cached, {self._missing() - len(held_out)} to be cached when met, "
+            f"{len(held_out)} of held-out images to be cached now, {len(stale)} stale"
+        )
         self._encoder = encode() if self._missing() else None
+        self._encode_now(held_out)
         self._behind = Behind(waiting=WAITING_CHUNKS)
         self._behind.__enter__()
 
@@ -94,8 +103,14 @@ class LatentFiller:
     def fill(self, batch: Batch) -> Batch:
         """The batch with latents, or moments, in place of the pixels it came with."""
         self._note_failures(batch.failures)
-        if not batch.awaits:
-            return batch
+        if batch.awaits:
+            batch = self._with_latents(batch)
+        if batch.beside:
+            self._encode_beside(batch.beside)
+            batch = replace(batch, beside=())
+        return batch
+
+    def _with_latents(self, batch: Batch) -> Batch:
         waiting = [position for position, awaited in enumerate(batch.awaits) if awaited is not None]
         assert batch.pixels_B3HW is not None
         found = self._entries(batch, waiting)
@@ -123,9 +138,35 @@ class LatentFiller:
                 log.warning(f"latents: failed: {failure.path}: {failure.reason}")
         return fresh
 
+    @property
+    def failures(self) -> list[Skipped]:
+        """The images that could not be cached, as far as this rank knows: all of them after `end_epoch`."""
+        return list(dict.fromkeys(self._failed[number] for number in sorted(self._failed)))
+
     def close(self) -> None:
         """Store what is still to be stored; raises what storing has raised, unless an error is on its way already."""
         self._behind.__exit__(*sys.exc_info())
+
+    def _missing_of_held_out(self) -> list[int]:
+        table = self._work.table
+        is_held_out = table.is_validation[table.image_of[self._work.targets.first]]
+        return sorted(set(np.flatnonzero(is_held_out).tolist()) - self._right)
+
+    def _encode_now(self, numbers: Sequence[int]) -> None:
+        """Encode entries of all ranks together, each its share."""
+        encoder = self._encoder
+        if not numbers or encoder is None:
+            return
+        built = build_entries(self._work, numbers, lambda: encoder, rank=self._rank, world=self._world)
+        self._built |= {*built.numbers, *built.found}
+        self._note_failures(built.failed)
+
+    def _encode_beside(self, beside: Sequence[Beside]) -> None:
+        """Encode images at resolutions other than those of their batch."""
+        known = self._right | self._built | self._failed.keys()
+        new = {number: one for one in beside if (number := self._number(one.row)) not in known}
+        pixels = {number: to_pixels(one.pixels) for number, one in new.items()}
+        self._make_all(pixels, {number: to_mask(one.mask) for number, one in new.items() if one.mask is not None})
 
     def _note_failures(self, failures: Sequence[Skipped]) -> None:
         """Images that cannot be read have no entry to wait for."""
@@ -165,12 +206,18 @@ class LatentFiller:
         # An image met before in this epoch is still waited for by batches that were built ahead.
         found = {number: self._made[number] for number in pixels if number in self._made}
         todo = [number for number in pixels if number not in found and number not in self._failed]
-        for needs_flip in (False, True):
-            alike = [number for number in todo if bool(self._work.needs_flip[number]) == needs_flip]
-            size = self._work.options.batch_size
-            for start in range(0, len(alike), size):
-                found |= self._make({number: pixels[number] for number in alike[start : start + size]}, masks)
-        return found
+        return found | self._make_all({number: pixels[number] for number in todo}, masks)
+
+    def _make_all(self, pixels_3HW: dict[int, torch.Tensor], masks: dict[int, torch.Tensor]) -> dict[int, LatentEntry]:
+        """Entries by number, of images of any size; those that fail are left out."""
+        groups: defaultdict[tuple, list[int]] = defaultdict(list)
+        for number, pixels in pixels_3HW.items():
+            groups[pixels.shape, bool(self._work.needs_flip[number])].append(number)
+        made: dict[int, LatentEntry] = {}
+        for group in groups.values():
+            for alike in chunked(group, self._work.options.batch_size):
+                made |= self._make({number: pixels_3HW[number] for number in alike}, masks)
+        return made
 
     def _make(self, pixels_3HW: dict[int, torch.Tensor], masks: dict[int, torch.Tensor]) -> dict[int, LatentEntry]:
         if self._encoder is None:

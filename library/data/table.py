@@ -188,6 +188,10 @@ class ImageTable(Sequence[PlacedImage]):
         """Where the image of a row goes."""
         return self.placements[self.placement_of[row]]
 
+    def rows_of(self, image: int) -> range:
+        """The rows of an image: one for each resolution that it is offered at."""
+        return range(*np.searchsorted(self.image_of, [image, image + 1]).tolist())
+
     def record(self, image: int) -> ImageRecord:
         """What the source said about an image, with the repeats it has now."""
         width, height = self.sizes[image].tolist()

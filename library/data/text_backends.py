@@ -25,8 +25,8 @@ from library.io.text_cache import TextEntry
 class TextCacheOptions:
     """How to cache: `batch_size` captions per call; `width_1` is the first encoder's share of the text width.
 
-    The rest says what an entry depends on besides its caption; `skip_check` trusts old files; `place` is where entries
-    on disk lie. `num_variants` wordings are kept of captions that have more than one.
+    The rest says what an entry depends on besides its caption; with `skip_check` old files may be made from something
+    else; `place` is where entries on disk lie. `num_variants` wordings are kept of captions that have more than one.
     """
 
     text_encoder_id: str
@@ -198,11 +198,10 @@ class NpzText:
         return standard.with_name(f"{standard.stem}_{digest}{standard.suffix}")
 
     def _inspect(self, number: int, path: str) -> CacheCheck:
-        count = len(self._targets.ids(number))
+        count, num_tokens = len(self._targets.ids(number)), self._options.max_token_length + 2
         if self._options.skip_check:
-            return _trusted(Path(path), count)
-        expected = self._fingerprint(number)
-        return text_cache.inspect(path, expected, num_tokens=self._options.max_token_length + 2, variants=count)
+            return text_cache.inspect_contents(path, num_tokens=num_tokens, variants=count)
+        return text_cache.inspect(path, self._fingerprint(number), num_tokens=num_tokens, variants=count)
 
     def _fingerprint(self, number: int) -> str:
         options, ids = self._options, self._targets.ids(number)
@@ -219,12 +218,3 @@ class NpzText:
             max_token_length=options.max_token_length,
             weighted=options.weighted,
         )
-
-
-def _trusted(path: Path, num_variants: int) -> CacheCheck:
-    """Whether a file that is trusted is there; one that has to hold several wordings is asked for their number."""
-    if not path.exists():
-        return CacheCheck("missing")
-    if num_variants > 1 and text_cache.num_variants(path) < num_variants:
-        return CacheCheck("stale", ("number of caption variants changed",))
-    return CacheCheck("valid")

@@ -14,7 +14,7 @@ from library.data.companions import aspect_problem, has_aspect_of
 from library.data.records import ImageRecord
 from library.diffusion.crops import CropInfo
 from library.errors import UserError
-from library.io.images import JPEG_SCALES, read_image, read_image_and_alpha, read_mask, read_picture, scaled_side
+from library.io.images import JPEG_SCALES, Picture, read_image, read_mask, read_picture, scaled_side
 from library.sizes import Size
 
 _CV2_FILTERS = {
@@ -97,9 +97,16 @@ def read_record(record: ImageRecord, placement: Placement | None = None) -> np.n
 
     Raises UserError when it is unreadable or no longer of the scanned size.
     """
-    image = read_picture(record.path, scale=1 if placement is None else decode_scale(record, placement))
-    _check_size(image.size, record)
-    return image.pixels
+    return _read(record, placement).pixels
+
+
+def _read(record: ImageRecord, placement: Placement | None, *, with_alpha: bool = False) -> Picture:
+    scale = 1 if placement is None else decode_scale(record, placement)
+    image = read_picture(record.path, scale=scale, with_alpha=with_alpha)
+    if image.size != record.size:
+        what = f"the image is now {image.size}; it was {record.size} when the run started"
+        raise UserError(what, where=record.path)
+    return image
 
 
 class Pictures(NamedTuple):
@@ -119,14 +126,20 @@ def read_pictures(record: ImageRecord, placement: Placement | None = None, *, wi
     if record.mask is not None:
         mask = _fitting(record.mask, read_mask(record.mask), record.size)
         return Pictures(read_record(record, placement), mask, control)
-    if record.subset.alpha_mask and not _is_jpeg(record):
-        pixels, alpha = read_image_and_alpha(record.path)
-        _check_size(_size_of(pixels), record)
-        return Pictures(pixels, alpha, control)
-    image = read_record(record, placement)
-    # A JPEG has no transparency.
-    opaque = np.full(image.shape[:2], 255, dtype=np.uint8) if record.subset.alpha_mask else None
-    return Pictures(image, opaque, control)
+    image = _read(record, placement, with_alpha=record.subset.alpha_mask)
+    return Pictures(image.pixels, image.alpha, control)
+
+
+def cut_plain(pictures: Pictures, record: ImageRecord, placement: Placement) -> Pictures:
+    """The image, not mirrored, and its mask as they are cached: resized and cut to the bucket of `placement`.
+
+    `pictures` are what `read_pictures` gives for a placement of the same `decode_scale`.
+    """
+    crop, filter_name = crop_info(record.size, placement, flipped=False), record.subset.resize_interpolation
+    mask = pictures.mask
+    if mask is not None:
+        mask = apply_crop_to_mask(mask, crop, interpolation=filter_name)
+    return Pictures(apply_crop(pictures.image, crop, interpolation=filter_name), mask)
 
 
 def read_control(record: ImageRecord) -> np.ndarray | None:
@@ -145,15 +158,6 @@ def _size_of(image: np.ndarray) -> Size:
     return Size(image.shape[1], image.shape[0])
 
 
-def _check_size(size: Size, record: ImageRecord) -> None:
-    if size != record.size:
-        raise UserError(f"the image is now {size}; it was {record.size} when the run started", where=record.path)
-
-
-def _is_jpeg(record: ImageRecord) -> bool:
-    return record.path.lower().endswith((".jpg", ".jpeg"))
-
-
 def decode_scale(record: ImageRecord, placement: Placement) -> int:
     """By how much the sides of a JPEG are divided while it is decoded: 1, 2, 4 or 8.
 
@@ -161,9 +165,11 @@ def decode_scale(record: ImageRecord, placement: Placement) -> int:
     last half of the work: on noisy photos the result is then within one level (of 255, in the mean) of that of the
     whole image, and no further from a Lanczos reduction; with fewer pixels the difference doubles. Sides that cannot be
     divided are rounded; no pixel may move by more than an eighth for it. Other filters take samples of the whole image.
-    The file must be a JPEG by its name. Cached and uncached training decode alike.
+    The file must be a JPEG by its name; one that only has such a name comes whole. Cached and uncached training decode
+    alike.
     """
-    if not _is_jpeg(record) or record.subset.resize_interpolation not in (None, "area"):
+    is_jpeg = record.path.lower().endswith((".jpg", ".jpeg"))
+    if not is_jpeg or record.subset.resize_interpolation not in (None, "area"):
         return 1
     sides = list(zip(record.size, placement.resized, strict=True))
 

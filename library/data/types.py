@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,15 @@ class Awaited(NamedTuple):
     flipped: bool
 
 
+class Beside(NamedTuple):
+    """An image of a batch at another of its resolutions: the row of the table, and the plain image cut to its bucket,
+    uint8 (H, W, 3), with its mask, uint8 (H, W)."""
+
+    row: int
+    pixels: np.ndarray
+    mask: np.ndarray | None = None
+
+
 @dataclass
 class Batch:
     """What one rank feeds to one forward pass: rows of one bucket.
@@ -38,9 +48,10 @@ class Batch:
     pixels. `pixels_B3HW` is float32 in [-1, 1]; `latents_B4hw` is the unscaled output of the VAE; instead of it
     `moments_B8hw` may hold mean and log-variance of its posterior, from which a step draws. These and `text` may be
     float16 when they come from a packed cache. While a cache is being filled, `awaits` says for every row whether it
-    is still to be encoded; `pixels_B3HW` then holds the plain images of those rows only. `failures` lists images that
-    could not be read for this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1], the weight of
-    every latent cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
+    is still to be encoded; `pixels_B3HW` then holds the plain images of those rows only. `beside` are images of the
+    batch at other resolutions, to be encoded for the cache too. `failures` lists images that could not be read for
+    this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1], the weight of every latent cell in
+    the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
     """
 
     keys: list[SampleKey]
@@ -58,6 +69,7 @@ class Batch:
     control_B3HW: Tensor | None = None
     failures: tuple[Skipped, ...] = ()
     awaits: tuple[Awaited | None, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

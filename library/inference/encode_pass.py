@@ -62,10 +62,11 @@ def fill_latents(
 ) -> None:
     """Have `data` encode the images that are not cached yet when they are first used (--cache_in_background).
 
-    The VAE leaves the device when all are cached.
+    Those that are held out are encoded now. The VAE leaves the device when all are cached; images that are held out
+    and cannot be encoded are dropped from `data`.
     """
     filler = LatentFiller(
-        data.table,
+        data.all_images,
         latent_maker(bundle, cfg, device=device),
         options=latent_options(bundle, cfg),
         done=lambda: bundle.vae.to("cpu"),

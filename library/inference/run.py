@@ -109,7 +109,7 @@ def _load(options: "GenerateOptions") -> ModelBundle:
         options.ckpt,
         vae=options.vae,
         dtype=dtype,
-        vae_dtype=torch.float32 if options.no_half_vae else dtype,
+        dtypes={"vae": torch.float32} if options.no_half_vae else None,
         device=device,
     )
     attention.configure(bundle.unet, xformers=options.xformers, device=device)

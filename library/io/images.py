@@ -48,10 +48,12 @@ class ImageError(UserError):
 
 
 class Picture(NamedTuple):
-    """A decoded picture: uint8 RGB pixels (H, W, 3), and the size of the whole picture in the file."""
+    """A decoded picture: uint8 RGB pixels (H, W, 3), the size of the whole picture in the file, and, where it was asked
+    for, the alpha uint8 (H, W)."""
 
     pixels: np.ndarray
     size: Size
+    alpha: np.ndarray | None = None
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -62,11 +64,12 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     return read_picture(path).pixels
 
 
-def read_picture(path: str | os.PathLike[str], *, scale: int = 1) -> Picture:
+def read_picture(path: str | os.PathLike[str], *, scale: int = 1, with_alpha: bool = False) -> Picture:
     """Read a picture as `read_image` does; a JPEG with sides of `scaled_side`.
 
     The decoder leaves out the fine detail instead of computing and averaging it, in a half to a third of the time.
-    Pictures of other kinds come whole.
+    Pictures of other kinds, whatever their names, come whole. The alpha of an opaque picture is 255 everywhere;
+    transparency counts in every form: an alpha channel, a transparent colour, a palette with transparent entries.
     """
     assert scale in JPEG_SCALES, scale
     with _opened(path) as (image, file):
@@ -75,31 +78,18 @@ def read_picture(path: str | os.PathLike[str], *, scale: int = 1) -> Picture:
         scaled = Size(scaled_side(width, scale), scaled_side(height, scale))
         if is_scaled := image.format == "JPEG" and scale > 1 and min(width, height) >= scale:
             image.draft(None, (width // scale, height // scale))
-        rgb = _to_rgb(image)
-        if is_scaled and rgb.size != scaled:
-            rgb = rgb.crop((0, 0, *scaled))  # the decoder rounds up
+        parts = ([_alpha(image)] if with_alpha else []) + [_to_rgb(image)]
+        if is_scaled and image.size != scaled:
+            parts = [part.crop((0, 0, *scaled)) for part in parts]  # the decoder rounds up
         if orientation in _TRANSPOSE:
-            rgb = rgb.transpose(_TRANSPOSE[orientation])
-        return Picture(np.array(rgb), _shown(width, height, orientation))
+            parts = [part.transpose(_TRANSPOSE[orientation]) for part in parts]
+        pixels, *alpha = map(np.array, reversed(parts))
+        return Picture(pixels, _shown(width, height, orientation), *alpha)
 
 
 def scaled_side(side: int, scale: int) -> int:
     """The side of a JPEG that is scaled while decoding, in pixels: the nearest whole number."""
     return (side + scale // 2 - 1) // scale if scale > 1 else side
-
-
-def read_image_and_alpha(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a picture as `read_image` does, and its alpha as uint8 (H, W): 255 everywhere in an opaque picture.
-
-    Transparency counts in every form: an alpha channel, a transparent colour, a palette with transparent entries.
-    Raises ImageError as `read_image` does.
-    """
-    with _opened(path) as (image, file):
-        orientation = _orientation(image, file)
-        alpha, rgb = _alpha(image), _to_rgb(image)
-        if orientation in _TRANSPOSE:
-            alpha, rgb = (part.transpose(_TRANSPOSE[orientation]) for part in (alpha, rgb))
-        return np.array(rgb), np.array(alpha)
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:

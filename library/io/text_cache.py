@@ -85,15 +85,6 @@ def read(path: str | os.PathLike[str], variant: int = 0) -> TextEntry:
     return TextEntry(hidden_1, hidden_2, pooled, made_from)
 
 
-def num_variants(path: str | os.PathLike[str]) -> int:
-    """How many wordings a file says it holds: 1 for files of other programs, 0 for one that is not there or damaged."""
-    keys = npz_file.keys_of(path)
-    try:
-        return len(npz_file.read_arrays(path, (_INDEX,))[_INDEX]) if _INDEX in keys else int(bool(keys))
-    except (npz_file.BrokenArchive, TypeError):
-        return 0
-
-
 def check(path: str | os.PathLike[str], expected: str, *, num_tokens: int | None = None) -> Status:
     """Return the status of `inspect` without the reasons."""
     return inspect(path, expected, num_tokens=num_tokens).status
@@ -113,11 +104,8 @@ def inspect(
         shapes, checksums, small = npz_file.peek(path, ("fingerprint", _CHECKSUMS, _INDEX))
     except npz_file.BrokenArchive as error:
         return CacheCheck("broken", (str(error),))
-    missing = tuple(f"no {key}" for key in _DATA_KEYS if key not in shapes)
-    if missing:
-        return CacheCheck("stale", missing)
-    if num_tokens is not None and {shapes[key][:1] for key in _DATA_KEYS[:2]} != {(num_tokens,)}:
-        return CacheCheck("stale", ("max token length changed",))
+    if misfits := _misfits(shapes, num_tokens):
+        return CacheCheck("stale", misfits)
     ours = "fingerprint" in small and _CHECKSUMS in small
     if not ours or [checksums[key] for key in _DATA_KEYS] != small[_CHECKSUMS].tolist()[:3]:
         one = ("number of caption variants changed",)
@@ -126,6 +114,31 @@ def inspect(
     if not reasons and variants > 1 and not _has_all_rows(checksums, small):
         reasons = ("caption variants damaged",)
     return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
+
+
+def inspect_contents(path: str | os.PathLike[str], *, num_tokens: int, variants: int = 1) -> CacheCheck:
+    """Decide whether a cache file holds `variants` wordings of `num_tokens` rows, whatever it was made from.
+
+    Never raises for a bad file.
+    """
+    if not os.path.exists(path):
+        return CacheCheck("missing")
+    try:
+        shapes, _, small = npz_file.peek(path, (_INDEX,))
+    except npz_file.BrokenArchive as error:
+        return CacheCheck("broken", (str(error),))
+    reasons = _misfits(shapes, num_tokens)
+    if not reasons and np.size(small.get(_INDEX, 0)) < variants:
+        reasons = ("number of caption variants changed",)
+    return CacheCheck("stale", reasons) if reasons else CacheCheck("valid")
+
+
+def _misfits(shapes: Mapping[str, tuple[int, ...]], num_tokens: int | None) -> tuple[str, ...]:
+    """What is wrong with the arrays of the first wording."""
+    missing = tuple(f"no {key}" for key in _DATA_KEYS if key not in shapes)
+    if missing or num_tokens is None or {shapes[key][:1] for key in _DATA_KEYS[:2]} == {(num_tokens,)}:
+        return missing
+    return ("max token length changed",)
 
 
 def _has_all_rows(checksums: Mapping[str, int], small: Mapping[str, np.ndarray]) -> bool:

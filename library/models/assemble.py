@@ -23,19 +23,22 @@ from library.models.tensors import shapes_of
 _SHOWN = 3  # keys named in an error
 
 
+def build_module(arch: SdxlArch, part: Part) -> nn.Module:
+    """The part's module with new weights in its library's own initialisation, on the default device."""
+    config = part_config(arch, part)
+    if part == "unet":
+        return UNet2DConditionModel(**config)
+    if part == "vae":
+        return AutoencoderKL(**config)
+    if part == "text_encoder_1":
+        return CLIPTextModel(CLIPTextConfig(**config))
+    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
+
+
 def empty_module(arch: SdxlArch, part: Part) -> nn.Module:
     """The part's module on the meta device, in evaluation mode."""
-    config = part_config(arch, part)
     with torch.device("meta"):
-        if part == "unet":
-            module: nn.Module = UNet2DConditionModel(**config)
-        elif part == "vae":
-            module = AutoencoderKL(**config)
-        elif part == "text_encoder_1":
-            module = CLIPTextModel(CLIPTextConfig(**config))
-        else:
-            module = CLIPTextModelWithProjection(CLIPTextConfig(**config))
-    return module.eval()
+        return build_module(arch, part).eval()
 
 
 def part_keymap(arch: SdxlArch, part: Part, *, linear_projection: bool = False) -> KeyMap:

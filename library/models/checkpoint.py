@@ -51,15 +51,15 @@ def load_bundle(
     *,
     vae: str | None = None,
     dtype: torch.dtype = torch.float32,
-    vae_dtype: torch.dtype | None = None,
+    dtypes: Mapping[Part, torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     parts: Iterable[str] = ALL_PARTS,
     disable_mmap: bool = False,
 ) -> ModelBundle:
     """Load SDXL from a single file, a diffusers folder, a hub id or `tiny`; parameters come frozen, in eval mode.
 
-    `vae` replaces the VAE: a folder, a hub id or a file. Tensors are cast to `dtype` (the VAE's to `vae_dtype` when
-    given) one at a time. `parts` out of "unet", "text_encoders", "vae": the others are not read and are None in the
+    `vae` replaces the VAE: a folder, a hub id or a file. Tensors are cast to `dtype`, those of a part in `dtypes` to
+    its own, one at a time. `parts` out of "unet", "text_encoders", "vae": the others are not read and are None in the
     bundle. `disable_mmap` reads the bytes instead of mapping the file. Raises UserError for files that are missing,
     broken, not SDXL, or lack tensors.
     """
@@ -76,7 +76,7 @@ def load_bundle(
         sources.require(chosen)
         for part in chosen:
             module, tensors, where = sources.part(part)
-            target = vae_dtype if part == "vae" and vae_dtype else dtype
+            target = (dtypes or {}).get(part, dtype)
             modules[part] = filled(module, tensors, device=device, dtype=target, where=where)
         model = sources.model
         found: dict[str, Any] = {"metadata": model.metadata, "prediction_type": model.prediction_type}
@@ -120,7 +120,7 @@ def save_single_file(
     header = {"format": "pt", **facts_metadata(bundle.arch.facts)}
     if bundle.prediction_type == "v_prediction":
         header["modelspec.prediction_type"] = "v"
-    save(joined(views), path, header | dict(metadata or {}), dtype=dtype)
+    save(joined(views), path, header | dict(metadata or {}), dtype=dtype, checked=True)
 
 
 def save_diffusers(bundle: ModelBundle, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

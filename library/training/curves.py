@@ -170,15 +170,26 @@ def _memory(axes: Axes, series: Mapping[str, Series]) -> None:
 
 
 def _validation(axes: Axes, series: Mapping[str, Series]) -> None:
-    for name in sorted(name for name in series if name.startswith("validation/")):
-        _line(axes, series[name], label=name.removeprefix("validation/"), linewidth=1.1)
-    _legend(axes, ncols=2)
+    for name in sorted(name for name in series if "validation/" in name):
+        label = name.partition("validation/")[2]
+        if "/" not in label and label != "gap":
+            _line(axes, series[name], label=label.replace("_", " "))
+    _legend(axes)
+
+
+def _validation_bands(axes: Axes, series: Mapping[str, Series]) -> None:
+    colours = matplotlib.colormaps["viridis"]
+    names = sorted(name for name in series if "/held_out/" in name)
+    for index, name in enumerate(names):
+        _line(axes, series[name], color=colours(index / len(names)), label=name.rpartition("/")[2].lstrip("t"))
+    _legend(axes, ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="timesteps", title_fontsize=7)
 
 
 _PANELS: tuple[tuple[str, Callable[[Axes, Mapping[str, Series]], None]], ...] = (
     ("loss", _loss),
     ("loss by timestep", _bands),
-    ("validation", _validation),
+    ("validation loss", _validation),
+    ("validation loss by timestep, images held out", _validation_bands),
     ("gradient norm before clipping", _norm),
     ("learning rate", _rates),
     ("images per second", _speed),
@@ -187,7 +198,8 @@ _PANELS: tuple[tuple[str, Callable[[Axes, Mapping[str, Series]], None]], ...] = 
 _NEEDS = {
     "loss": "loss",
     "loss by timestep": "loss_band/",
-    "validation": "validation/",
+    "validation loss": "validation/",
+    "validation loss by timestep, images held out": "/held_out/",
     "gradient norm before clipping": "grad_norm",
     "learning rate": "lr/",
     "images per second": "images_per_second",
@@ -197,4 +209,4 @@ _NEEDS = {
 
 def _belongs(title: str, name: str) -> bool:
     needed = _NEEDS[title]
-    return name.startswith(needed) if needed.endswith("/") else name == needed
+    return needed in name if needed.endswith("/") else name == needed

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,8 @@ from library.training.saving import Attempts
 from library.training.state import read_description
 from library.training.stop_hooks import NonFiniteHook, StopHook
 from library.training.trackers import open_trackers
-from library.training.writing import ModelWriter
+from library.training.trainable import ExportsNetwork
+from library.training.writing import CheckpointWriter, ModelWriter, checkpoint_format
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -57,21 +58,25 @@ def _stop(run: Run) -> StopHook:
 
 def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
     cfg, accelerator = run.cfg, run.accelerator
-    writer = ModelWriter(
-        run.trainable,
-        dtype=save_dtype(cfg.save.save_precision),
-        metadata=_metadata(run, parts),
-        cfg=cfg,
-        bundle=run.bundle,
-    )
+    writer = _writer(run, parts)
+    is_folder = isinstance(writer, CheckpointWriter) and writer.save_as == "diffusers"
     return SaveHook(
-        naming.Names(Path(cfg.save.output_dir), cfg.save.output_name),
+        naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, "" if is_folder else ".safetensors"),
         save_settings(run, parts),
         save_model=partial(_on_main, accelerator, writer),
         save_state=partial(_on_main, accelerator, parts.state.save),
         flush=meters.flush,
         is_main=accelerator.is_main_process,
     )
+
+
+def _writer(run: Run, parts: Parts) -> ModelWriter | CheckpointWriter:
+    cfg, dtype = run.cfg, save_dtype(run.cfg.save.save_precision)
+    if run.trainable.owns:
+        return CheckpointWriter(run.bundle, save_as=checkpoint_format(cfg, run.bundle), dtype=dtype, cfg=cfg)
+    trainable = cast(ExportsNetwork, run.trainable)
+    metadata = _metadata(run, parts, trainable.metadata())
+    return ModelWriter(trainable, dtype=dtype, metadata=metadata, cfg=cfg, bundle=run.bundle)
 
 
 def _preview(run: Run, parts: Parts) -> PreviewHook:
@@ -111,7 +116,7 @@ def _log(cfg: RunConfig) -> LogHook:
     return LogHook(run_log, cfg.loop.log_every_n_steps, output / f"{base}-curves.png")
 
 
-def _metadata(run: Run, parts: Parts) -> dict[str, str]:
+def _metadata(run: Run, parts: Parts, own: dict[str, str]) -> dict[str, str]:
     cfg, data = run.cfg, run.data
     summary = data.summary()
     description = meta.RunDescription(
@@ -130,5 +135,5 @@ def _metadata(run: Run, parts: Parts) -> dict[str, str]:
         cfg.flat(),
         description,
         data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
-        run.trainable.export(None).metadata,
+        own,
     )

@@ -83,6 +83,11 @@ class LogHook:
             text += f", {speed.data_wait:.0%} waiting for data"
         self._bar.set_postfix_str(text)
 
+    def note(self, view: View, record: dict[str, Any]) -> None:
+        """Write a record beside those of the steps, after all of these."""
+        self.flush(view)
+        self.run_log.note(record)
+
 
 def _draw(jsonl: Path, picture: Path) -> None:
     """The curves as a picture, in which no run may fail; matplotlib takes a second to import."""
@@ -108,3 +113,7 @@ class DrainHook:
     def flush(self, view: View) -> None:
         """Forget everything collected so far."""
         view.meters.flush()
+
+    def note(self, view: View, record: dict[str, Any]) -> None:
+        """Nothing: the main process writes it."""
+        self.flush(view)

@@ -126,6 +126,12 @@ class RunLog:
             self._tell(numbers, record["step"])
         self._file.flush()
 
+    def note(self, record: dict[str, Any]) -> None:
+        """Append a record beside the per-step ones: `step`, `epoch`, and numbers whose names hold a "/"."""
+        self._file.write(json.dumps({**record, "time": round(time.time() - self._started, 3)}) + "\n")
+        self._file.flush()
+        self._tell({name: value for name, value in record.items() if "/" in name}, record["step"])
+
     def scalar(self, name: str, value: float, step: int) -> None:
         """One number outside the per-step records, for the trackers."""
         self._tell({name: value}, step)

@@ -16,13 +16,13 @@ from library.inference import encode_pass
 from library.inference import launch as inference
 from library.inference.texts import TextForm
 from library.log import get_logger
-from library.models import attention, checkpoint, memory
+from library.models import arch, attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
 from library.training import early
 from library.training.precision import weight_dtype
 from library.training.run import Run
-from library.training.trainable import Trainable
+from library.training.trainable import PART_MODULES, Trainable
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -58,15 +58,23 @@ def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> R
             cfg.model.pretrained_model_name_or_path,
             vae=cfg.model.vae,
             dtype=dtype,
-            vae_dtype=torch.float32 if cfg.model.no_half_vae else dtype,
+            dtypes=_part_dtypes(cfg, trainable),
+            parts=trainable.loads,
             disable_mmap=cfg.model.disable_mmap_load_safetensors,
         )
+    trainable.prepare(bundle, seed=seed)
     _check_prediction_type(cfg, bundle)
     memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
     attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
     run = Run(cfg, accelerator, trainable, seed, data, bundle, previews=previews)
     _fill_caches(run)
     return run
+
+
+def _part_dtypes(cfg: RunConfig, trainable: Trainable) -> dict[arch.Part, torch.dtype]:
+    """The parts that do not have the dtype of frozen weights: what trains, and a VAE that must not be halved."""
+    dtypes: dict[arch.Part, torch.dtype] = {PART_MODULES[part]: torch.float32 for part in trainable.owns}
+    return dtypes | ({"vae": torch.float32} if cfg.model.no_half_vae else {})
 
 
 def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:

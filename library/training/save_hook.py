@@ -109,12 +109,14 @@ class SaveHook:
         """Let old files go; after a save that failed they stay until one succeeds."""
         if not self.is_main:
             return
-        self._overdue += [] if model_stem is None else [self.names.model(model_stem)]
+        if model_stem is not None:
+            model = self.names.model(model_stem)
+            self._overdue += [model, self.names.ema_beside(model)]
         self._overdue += [] if state_stem is None else [self.names.state(state_stem)]
         if not saved:
             return
         for path in self._overdue:
-            if path.is_dir():
+            if path.is_dir():  # a state, or a model in the diffusers layout
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def check_space(run: Run, parts: Parts) -> None:
     trained = [p for group in parts.optimizer.param_groups for p in group["params"]]
     stored = list(parts.trained.state_dict().values())
     bundle = run.bundle
-    if getattr(run.trainable, "owns", frozenset()):  # the file holds the whole model, not only what is trained
+    if run.trainable.owns:  # the file holds the whole model, not only what is trained
         modules = (bundle.unet, bundle.text_encoder_1, bundle.text_encoder_2, bundle.vae)
         whole = [p for module in modules if module is not None for p in module.parameters()]
     else:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from torch import Tensor, dtype, nn
 
+from library.models import arch
+
 if TYPE_CHECKING:
     from library.data.types import Batch
     from library.models.bundle import ModelBundle
 
 Part = Literal["unet", "te1", "te2"]
+
+# What `ModelBundle` calls each part.
+PART_MODULES: dict[Part, arch.Part] = {"unet": "unet", "te1": "text_encoder_1", "te2": "text_encoder_2"}
 
 
 class ParamGroup(TypedDict):
@@ -37,13 +42,21 @@ class Trainable(Protocol):
 
     trains: the parts whose forward pass needs gradients. It decides freezing and which caches are legal: text outputs
         may be cached only when neither "te1" nor "te2" is in it.
+    loads: names of the parts that are read from the checkpoint, as `load_bundle` knows them.
+    owns: the parts whose own weights are trained and therefore kept in the precision of training.
     needs: names of extra `Batch` fields that must be present, checked before any weight is loaded.
     may_skip_modules: True when a forward pass may leave a trained parameter unused (DDP must then search for them).
     """
 
     trains: frozenset[Part]
+    owns: frozenset[Part]
+    loads: Sequence[str]
     needs: frozenset[str]
     may_skip_modules: bool
+
+    def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
+        """Change `bundle`, just loaded, before anything is cached or attached; draws only from `seed`."""
+        ...
 
     def attach(self, bundle: ModelBundle) -> nn.Module:
         """Inject what is trained into `bundle` (already frozen) and return the module that owns the parameters."""
@@ -59,6 +72,14 @@ class Trainable(Protocol):
 
     def after_step(self) -> Mapping[str, Tensor]:
         """Called after each optimizer step; returns 0-d tensors to log (read only at the logging interval)."""
+        ...
+
+
+class ExportsNetwork(Trainable, Protocol):
+    """A training mode whose result is a small file of its own, beside the base model."""
+
+    def metadata(self) -> dict[str, str]:
+        """What the trainable itself knows for the file's header; cheap, no tensor is copied."""
         ...
 
     def export(self, dtype: dtype | None) -> Artifact:

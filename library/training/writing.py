@@ -1,4 +1,4 @@
-"""Writes the trained weights as a file with all its metadata."""
+"""Writes the trained weights, a network or a whole model, with all their metadata."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.io import hashing
-from library.io.modelspec import modelspec_metadata, thumbnail_url
+from library.io.modelspec import Kind, modelspec_metadata, thumbnail_url
 from library.io.safetensors_file import save
 from library.log import current_rank, get_logger
+from library.models.families import sdxl
 from library.training import metadata as meta
 from library.training.hooks import View
-from library.training.trainable import Trainable
+from library.training.trainable import ExportsNetwork
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -37,7 +38,7 @@ class ModelWriter:
 
     def __init__(
         self,
-        trainable: Trainable,
+        trainable: ExportsNetwork,
         *,
         dtype: torch.dtype | None,
         metadata: dict[str, str],
@@ -65,30 +66,55 @@ class ModelWriter:
             epoch=epoch,
             minimum=self.cfg.network.no_metadata,
         )
-        spec = self._modelspec()
+        spec = modelspec(self.cfg, "lora", self.prediction_type)
         hashes = hashing.network_hashes(artifact.tensors, training)
         spec |= {"sshs_model_hash": hashes[0], "sshs_legacy_hash": hashes[1]}
         save(artifact.tensors, path, {**training, **spec}, checked=True)
         log.info(f"saved {path}")
 
-    def _modelspec(self) -> dict[str, str]:
-        cfg = self.cfg
-        fields = cfg.save.modelspec_fields()
-        title = fields.pop("title", None) or cfg.save.output_name
-        if "thumbnail" in fields:
-            fields["thumbnail"] = thumbnail_url(fields["thumbnail"])
-        return modelspec_metadata(
-            "lora",
-            created=datetime.now(),
-            title=title,
-            resolution=cfg.data.resolution,
-            prediction_type=self.prediction_type,
-            timestep_range=tuple(
-                cfg.get(name) if cfg.is_given(name) else None for name in ("min_timestep", "max_timestep")
-            ),
-            clip_skip=cfg.model.clip_skip,
-            fields=fields,
-        )
+
+class CheckpointWriter:
+    """Called as `writer(path, view)`: writes the whole model as a single file or, with `save_as` "diffusers", a folder.
+
+    The header of a single file holds modelspec entries only (model_files.md section 6).
+    """
+
+    def __init__(self, bundle: ModelBundle, *, save_as: str, dtype: torch.dtype | None, cfg: RunConfig) -> None:
+        self.bundle, self.save_as, self.dtype, self.cfg = bundle, save_as, dtype, cfg
+
+    def __call__(self, path: Path, view: View) -> None:
+        """Write one checkpoint to `path`."""
+        header = modelspec(self.cfg, "checkpoint", self.bundle.prediction_type)
+        sdxl.save(self.bundle, path, save_as=self.save_as, dtype=self.dtype, metadata=header)
+        log.info(f"saved {path}")
+
+
+def checkpoint_format(cfg: RunConfig, bundle: ModelBundle) -> str:
+    """How a whole model is saved, "safetensors" or "diffusers": as asked, else as the base model was."""
+    asked = cfg.save.save_model_as
+    if asked is None:
+        return "diffusers" if bundle.resolved_path.is_dir() else "safetensors"
+    return "safetensors" if asked == "safetensors" else "diffusers"
+
+
+def modelspec(cfg: RunConfig, kind: Kind, prediction_type: str) -> dict[str, str]:
+    """The `modelspec.*` entries of a file that this run writes now."""
+    fields = cfg.save.modelspec_fields()
+    title = fields.pop("title", None) or cfg.save.output_name
+    if "thumbnail" in fields:
+        fields["thumbnail"] = thumbnail_url(fields["thumbnail"])
+    return modelspec_metadata(
+        kind,
+        created=datetime.now(),
+        title=title,
+        resolution=cfg.data.resolution,
+        prediction_type=prediction_type,
+        timestep_range=tuple(
+            cfg.get(name) if cfg.is_given(name) else None for name in ("min_timestep", "max_timestep")
+        ),
+        clip_skip=cfg.model.clip_skip,
+        fields=fields,
+    )
 
 
 def _settle(future: Future[dict[str, str]], work: Callable[[], dict[str, str]]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from library.config.cli import make_config, parse
 from library.config.run_config import RunConfig
+from library.config.runs import RUNS
 from library.errors import Problem, UserError
 
 
@@ -48,7 +49,8 @@ def problems_of(complete: dict[str, Any]) -> Callable[..., tuple[Problem, ...]]:
 
     def problems(run: str = "sdxl_train_network", **changes: Any) -> tuple[Problem, ...]:
         try:
-            make_config(run, **{**complete, **changes})
+            own = {name: value for name, value in complete.items() if name in RUNS[run].options()}
+            make_config(run, **{**own, **changes})
         except UserError as error:
             return error.problems
         return ()

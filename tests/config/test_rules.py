@@ -36,12 +36,27 @@ TRAINER_CASES = [
         "leave nothing to train",
     ),
     ("ranks_come_from_a_file", {"dim_from_weights": True}, "needs network_weights"),
+    ("networks_are_files", {"save_model_as": "diffusers"}, "a network is saved as a single file"),
     ("output_is_named", {"output_dir": ""}, "output_dir is missing"),
     ("samples_need_prompts", {"sample_every_n_steps": 5}, "sample_every_n_steps needs sample_prompts"),
     (
         "samples_need_prompts",
         {"sample_at_first": True, "sample_every_n_epochs": 5},
         "sample_every_n_epochs and sample_at_first need sample_prompts",
+    ),
+]
+FULL_CASES = [
+    (
+        "cached_text_encoders_stay",
+        {"cache_text_encoder_outputs": True, "train_text_encoder": True},
+        "exclude each other",
+    ),
+    ("something_has_a_rate", {"learning_rate": 0.0}, "nothing would train"),
+    ("something_has_a_rate", {"block_lr": [0.0] * 23}, "nothing would train"),
+    (
+        "something_has_a_rate",
+        {"learning_rate": 0.0, "train_text_encoder": True, "learning_rate_te1": 0.0, "learning_rate_te2": 0.0},
+        "nothing would train",
     ),
 ]
 GENERATOR_CASES = [
@@ -78,6 +93,12 @@ def test_trainer_rule_fires(problems_of, rule, changes, what):
     assert problem.fix
 
 
+@pytest.mark.parametrize(("rule", "changes", "what"), FULL_CASES)
+def test_rule_of_the_full_fine_tune_fires(problems_of, rule, changes, what):
+    (problem,) = problems_of(run="sdxl_train", **changes)
+    assert what in problem.what and problem.fix
+
+
 @pytest.mark.parametrize(("rule", "changes", "what"), GENERATOR_CASES)
 def test_generator_rule_fires(rule, changes, what):
     with pytest.raises(UserError) as caught:
@@ -87,7 +108,7 @@ def test_generator_rule_fires(rule, changes, what):
 
 
 def test_every_rule_has_a_case():
-    cases = {rule for rule, _, _ in TRAINER_CASES + GENERATOR_CASES + ADMIN_CASES}
+    cases = {rule for rule, _, _ in TRAINER_CASES + FULL_CASES + GENERATOR_CASES + ADMIN_CASES}
     assert {entry.check.__name__ for entry in validate.RULES} == cases
 
 

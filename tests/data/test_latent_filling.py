@@ -45,7 +45,7 @@ class Run:
         self.encode, self.left = Counting(encode), 0
         self.data = build_train_data(specs, seed=5, rank=rank, world=world, num_workers=workers)
         self.filler = LatentFiller(
-            self.data.table,
+            self.data.all_images,
             self.encode,
             options=options_of(**options),
             done=self.leave,
@@ -63,7 +63,7 @@ class Run:
 
 def built_before(specs, *, encode=noisy_vae, **options):
     data = build_train_data(specs, seed=5)
-    data.attach_latents(build_latents(data.table, Counting(encode), options=options_of(**options))[0])
+    data.attach_latents(build_latents(data.all_images, Counting(encode), options=options_of(**options))[0])
     return data
 
 

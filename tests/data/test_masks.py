@@ -231,6 +231,17 @@ def test_opaque_images_have_a_mask_of_ones(tmp_path):
     assert all(torch.equal(mask, torch.ones_like(mask)) for mask in masks_of(data).values())
 
 
+def test_alpha_counts_in_a_png_that_is_named_like_a_jpeg(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    path = write_picture(tmp_path / "pictures" / "a.png", 64, 64, caption="x")
+    Image.fromarray(pixels).save(path)
+    path.rename(path.with_suffix(".jpg"))
+    data = build_train_data([dataset(subset(tmp_path / "pictures", alpha_mask=True))], seed=0)
+    (batch,) = next(iter(data.epoch(0))).micro_batches
+    expected = pixels[:, :, 3].reshape(8, 8, 8, 8).mean(axis=(1, 3)) / 255
+    assert np.allclose(batch.mask_B1hw[0, 0], expected, atol=1e-3)
+
+
 def test_a_mask_that_goes_bad_during_training_costs_its_image(folder):
     data = built(dataset(with_masks(folder), batch_size=8))
     (folder / "masks" / "p0.png").write_bytes(b"gone")

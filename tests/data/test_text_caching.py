@@ -99,6 +99,20 @@ def test_whatever_the_encoding_depends_on_makes_it_stale(folder, changes, reason
     assert figures(report) == (NUM, 0, NUM, 0)
 
 
+def test_files_that_are_trusted_are_of_the_length_that_the_run_wants(folder):
+    def long(captions):
+        encoded = fake_text_encoder(captions)
+        return type(encoded)(encoded.hidden_BTD[:, :1].repeat(1, 152, 1), encoded.pooled_BP)
+
+    build(folder)
+    store, report, images = build(folder, encode=long, max_token_length=150, skip_check=True)
+    assert {stale.reason for stale in report.stale} == {"max token length changed"}
+    assert figures(report) == (NUM, 0, NUM, 0)
+    assert store.get(int(images.images[0])).hidden_BTD.shape[1] == 152
+    _, report, _ = build(folder, encode=long, max_token_length=150, skip_check=True, text_encoder_id="other")
+    assert figures(report) == (0, NUM, 0, 0)
+
+
 def test_caption_randomness_that_a_cache_can_hold_changes_nothing(folder):
     build(folder)
     _, report, _ = build(folder, subset_changes={"caption_dropout_rate": 0.5, "caption_dropout_every_n_epochs": 2})

@@ -38,6 +38,12 @@ def pictures(tmp_path) -> Path:
 
 def arguments(pictures: Path, output: Path, *flags: str) -> list[str]:
     """A small LoRA run on the tiny model as a command line."""
+    network = ("--network_module=networks.lora", "--network_dim=4", "--learning_rate=1e-2")
+    return full_arguments(pictures, output, *network, *flags)
+
+
+def full_arguments(pictures: Path, output: Path, *flags: str) -> list[str]:
+    """The same for any training script: without what is trained, and how fast."""
     return [
         "--pretrained_model_name_or_path=tiny",
         f"--train_data_dir={pictures}",
@@ -48,9 +54,6 @@ def arguments(pictures: Path, output: Path, *flags: str) -> list[str]:
         "--max_bucket_reso=128",
         "--bucket_reso_steps=32",
         "--train_batch_size=2",
-        "--network_module=networks.lora",
-        "--network_dim=4",
-        "--learning_rate=1e-2",
         "--max_data_loader_n_workers=0",
         "--seed=7",
         f"--output_dir={output}",
@@ -67,6 +70,19 @@ def train(tmp_path, pictures):
     def run(name: str, *flags: str) -> Path:
         output = tmp_path / name
         assert sdxl_train_network.main(arguments(pictures, output, *flags)) == 0
+        return output
+
+    return run
+
+
+@pytest.fixture
+def fine_tune(tmp_path, pictures):
+    """fine_tune(output_name, *extra flags) runs sdxl_train.main and returns the output folder."""
+    import sdxl_train
+
+    def run(name: str, *flags: str) -> Path:
+        output = tmp_path / name
+        assert sdxl_train.main(full_arguments(pictures, output, "--learning_rate=1e-4", *flags)) == 0
         return output
 
     return run

@@ -22,8 +22,8 @@ from library.io.images import (
     IMAGE_EXTENSIONS,
     ImageError,
     read_image,
-    read_image_and_alpha,
     read_mask,
+    read_picture,
     read_size,
 )
 from library.sizes import Size
@@ -62,6 +62,12 @@ def test_lossy_formats_come_back_nearly(tmp_path: Path, picture: Image.Image, ki
     assert np.abs(_pixels(tmp_path / "a").astype(int) - np.asarray(picture)).mean() < 4
 
 
+def _pixels_and_alpha(path: Path, *, scale: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    pixels, _, alpha = read_picture(path, scale=scale, with_alpha=True)
+    assert alpha is not None and read_picture(path).alpha is None
+    return pixels, alpha
+
+
 def _paletted(alpha: np.ndarray) -> tuple[Image.Image, bytes]:
     """A palette picture whose index is the alpha, and its transparent entries."""
     image = Image.fromarray(alpha, "L").convert("P")
@@ -83,7 +89,7 @@ def test_alpha_of_every_kind_comes_back_exactly(tmp_path: Path, picture: Image.I
     image.save(
         tmp_path / "a", "WEBP" if kind == "WEBP" else "PNG", **({"lossless": True} if kind == "WEBP" else options)
     )
-    pixels, found = read_image_and_alpha(tmp_path / "a")
+    pixels, found = _pixels_and_alpha(tmp_path / "a")
     assert found.dtype == np.uint8 and np.array_equal(found, alpha)
     assert np.array_equal(pixels, _pixels(tmp_path / "a"))
 
@@ -96,15 +102,26 @@ def test_a_transparent_colour_is_alpha(tmp_path: Path, picture: Image.Image, mod
     where = where.all(axis=-1) if mode == "RGB" else where
     colour = image.getpixel((3, 0))
     image.save(tmp_path / "a", "PNG", transparency=colour)
-    _, alpha = read_image_and_alpha(tmp_path / "a")
+    _, alpha = _pixels_and_alpha(tmp_path / "a")
     assert 0 < where.mean() < 1 and np.array_equal(alpha, np.where(where, 0, 255))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
 def test_an_opaque_picture_has_an_alpha_of_255(tmp_path: Path, picture: Image.Image, kind: str) -> None:
     picture.save(tmp_path / "a", kind)
-    _, alpha = read_image_and_alpha(tmp_path / "a")
+    _, alpha = _pixels_and_alpha(tmp_path / "a")
     assert alpha.shape == (24, 40) and (alpha == 255).all()
+
+
+def test_alpha_is_scaled_with_a_jpeg_and_whole_with_what_is_only_named_so(tmp_path: Path, picture: Image.Image) -> None:
+    picture.crop((0, 0, 39, 24)).save(tmp_path / "a.jpg", "JPEG")
+    pixels, alpha = _pixels_and_alpha(tmp_path / "a.jpg", scale=2)
+    assert alpha.shape == pixels.shape[:2] == (12, 19) and (alpha == 255).all()
+    image = picture.copy()
+    image.putalpha(picture.getchannel("R"))
+    image.save(tmp_path / "b.jpg", "PNG")
+    pixels, alpha = _pixels_and_alpha(tmp_path / "b.jpg", scale=2)
+    assert pixels.shape == (24, 40, 3) and np.array_equal(alpha, pixels[:, :, 0])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -114,7 +131,7 @@ def test_alpha_and_masks_turn_with_the_picture(tmp_path: Path, picture: Image.Im
     image = picture.copy()
     image.putalpha(picture.getchannel("R"))
     image.save(tmp_path / "a", "PNG", exif=exif)
-    pixels, alpha = read_image_and_alpha(tmp_path / "a")
+    pixels, alpha = _pixels_and_alpha(tmp_path / "a")
     assert np.array_equal(alpha, pixels[:, :, 0])
     assert np.array_equal(read_mask(tmp_path / "a"), alpha)
 

@@ -116,7 +116,9 @@ def _variants(path: Path, ids: tuple[int, ...] = (1, 2, 1, 3), **changed: object
 def test_wordings_are_read_one_by_one_and_the_first_by_sd_scripts(path: Path) -> None:
     made_from = _variants(path)
     assert text_cache.inspect(path, made_from, num_tokens=77, variants=4) == ("valid", ())
-    assert text_cache.num_variants(path) == 4
+    assert text_cache.inspect_contents(path, num_tokens=77, variants=4) == ("valid", ())
+    fewer = ("stale", ("number of caption variants changed",))
+    assert text_cache.inspect_contents(path, num_tokens=77, variants=5) == fewer
     for variant, row in enumerate([0, 1, 0, 2]):
         read = text_cache.read(path, variant)
         assert all(torch.equal(getattr(read, key), getattr(_entry(), key) + row) for key in KEYS)
@@ -145,7 +147,17 @@ def test_a_shorter_list_of_wordings_replaces_the_longer_one_whole(path: Path) ->
     text_cache.write(path, _entry(), _fingerprint())
     with np.load(path) as archive:
         assert set(archive) == {*KEYS, "fingerprint", "fingerprint_crc"}
-    assert text_cache.num_variants(path) == 1 and text_cache.check(path, _fingerprint()) == "valid"
+    assert text_cache.inspect_contents(path, num_tokens=77, variants=2).status == "stale"
+    assert text_cache.check(path, _fingerprint()) == "valid"
+
+
+def test_contents_are_judged_whatever_they_were_made_from(path: Path) -> None:
+    assert text_cache.inspect_contents(path, num_tokens=77) == ("missing", ())
+    text_cache.write(path, _entry(), None)
+    assert text_cache.inspect_contents(path, num_tokens=77) == ("valid", ())
+    assert text_cache.inspect_contents(path, num_tokens=152) == ("stale", ("max token length changed",))
+    path.write_bytes(path.read_bytes()[:100])
+    assert text_cache.inspect_contents(path, num_tokens=77).status == "broken"
 
 
 @pytest.mark.parametrize("change", ["drop a row", "change a row", "drop the index", "rewrite the caption"])
@@ -164,11 +176,3 @@ def test_wordings_that_another_program_spoils_are_stale(path: Path, change: str)
     np.savez(path, **kept)
     reason = "number of caption variants changed" if change == "rewrite the caption" else "caption variants damaged"
     assert text_cache.inspect(path, made_from, variants=4) == ("stale", (reason,))
-
-
-def test_a_file_without_variants_has_one_and_a_broken_one_none(path: Path) -> None:
-    assert text_cache.num_variants(path) == 0
-    np.savez(path, pool2=np.zeros(3))
-    assert text_cache.num_variants(path) == 1
-    path.write_bytes(b"torn")
-    assert text_cache.num_variants(path) == 0

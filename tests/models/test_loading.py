@@ -31,7 +31,7 @@ def test_parameters_come_frozen_real_and_in_eval_mode(bundle: ModelBundle):
 
 
 def test_each_part_gets_its_dtype(tiny_path: Path):
-    loaded = checkpoint.load_bundle(str(tiny_path), dtype=torch.bfloat16, vae_dtype=torch.float32)
+    loaded = checkpoint.load_bundle(str(tiny_path), dtype=torch.bfloat16, dtypes={"vae": torch.float32})
     assert {parameter.dtype for parameter in loaded.unet.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in loaded.text_encoder_2.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in loaded.vae.parameters()} == {torch.float32}

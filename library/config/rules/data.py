@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.config.fields import ADMIN, LATENTS, REPORT, SHARED, TRAINER
+from library.config.fields import ADMIN, LATENTS, NETWORK, REPORT, SHARED, TRAINER
 from library.config.rules.rule import conflict, rule
 from library.config.run_config import RunConfig
 from library.errors import Problem
@@ -40,7 +40,7 @@ def latents_are_cached(cfg: RunConfig) -> list[Problem]:
     return conflict(cfg, what, *names, fix="add cache_latents, or cache_latents_to_disk")
 
 
-@rule("cache_text_encoder_outputs", "network_train_unet_only")
+@rule("cache_text_encoder_outputs", "network_train_unet_only", runs=NETWORK)
 def cached_text_is_not_trained(cfg: RunConfig) -> list[Problem]:
     """Text encoders whose outputs are cached cannot be trained."""
     if not cfg.data.cache_text_encoder_outputs or cfg.network.network_train_unet_only:

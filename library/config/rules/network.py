@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from library.config.fields import NETWORK
 from library.config.rules.rule import conflict, rule
 from library.config.run_config import RunConfig
 from library.errors import Problem
 
 
-@rule("network_train_unet_only", "network_train_text_encoder_only")
+@rule("network_train_unet_only", "network_train_text_encoder_only", runs=NETWORK)
 def something_is_trained(cfg: RunConfig) -> list[Problem]:
     """The two restrictions exclude each other."""
     if not (cfg.network.network_train_unet_only and cfg.network.network_train_text_encoder_only):
@@ -21,7 +22,7 @@ def something_is_trained(cfg: RunConfig) -> list[Problem]:
     )
 
 
-@rule("dim_from_weights", "network_weights")
+@rule("dim_from_weights", "network_weights", runs=NETWORK)
 def ranks_come_from_a_file(cfg: RunConfig) -> list[Problem]:
     """dim_from_weights reads network_weights."""
     if not cfg.network.dim_from_weights or cfg.network.network_weights:

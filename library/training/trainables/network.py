@@ -14,6 +14,7 @@ from library.data.types import Batch
 from library.errors import UserError
 from library.inference.adapters import adapter_roots
 from library.io.safetensors_file import TensorReader
+from library.models import checkpoint
 from library.plugins import load_plugin
 from library.training.trainable import Artifact, ParamGroup, Part
 
@@ -30,6 +31,8 @@ class NetworkTrainable:
     """
 
     needs: frozenset[str] = frozenset()
+    owns: frozenset[Part] = frozenset()
+    loads = checkpoint.ALL_PARTS
     may_skip_modules = False
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -54,6 +57,9 @@ class NetworkTrainable:
             return default if settings.unet_lr is None else settings.unet_lr
         rates = settings.text_encoder_lr or [default]
         return rates[0] if part == "te1" else rates[-1]
+
+    def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
+        """Nothing to change: the base stays as it is."""
 
     def attach(self, bundle: ModelBundle) -> nn.Module:
         """Build the network on `bundle`, load `--network_weights`, and hook it into the forward passes."""
@@ -88,6 +94,10 @@ class NetworkTrainable:
     def after_step(self) -> Mapping[str, Tensor]:
         """Nothing to repair after a step."""
         return {}
+
+    def metadata(self) -> dict[str, str]:
+        """The network's dims and arguments as its file names them."""
+        return dict(self.network.facts)
 
     def export(self, dtype: torch.dtype | None) -> Artifact:
         """The network under sd-scripts' key names."""
