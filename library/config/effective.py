@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from library.config.fields import Option
-from library.config.run_config import RunConfig
+from library.config.run_config import SECRETS, RunConfig
 from library.config.runs import RUNS
-from library.config.sanitised import SECRETS
 from library.config.toml_file import toml_value
 from library.errors import UserError
 

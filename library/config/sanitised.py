@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from library.config.run_config import RunConfig
+from library.config.run_config import SECRETS, RunConfig
 from library.config.runs import RUNS
-
-# Never printed, written or sent.
-SECRETS = frozenset({"wandb_api_key"})
 
 # An absolute path, from its start or after a space, quote or equals sign, up to the next of them.
 _ABSOLUTE = re.compile(r"(?<![^\s\"'=,])(?:~|[A-Za-z]:)?[/\\][^\s\"'=,]*")

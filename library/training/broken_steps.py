@@ -75,12 +75,12 @@ class BrokenSteps:
         return self.in_a_row >= (max(limit, SCALER_BACKOFFS) if self.has_scaler else limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return {"total": self.total, "in_a_row": self.in_a_row, "overflows": self.overflows}
+        """The counts; steps in a row start anew, lest a run that they ended ends again at once when it is resumed."""
+        return {"total": self.total, "overflows": self.overflows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
-        self.total, self.in_a_row, self.overflows = state["total"], state["in_a_row"], state["overflows"]
+        self.total, self.overflows, self.in_a_row = state["total"], state["overflows"], 0
 
 
 def _some(items: Sequence[str], count: int) -> str:
