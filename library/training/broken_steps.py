@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +57,12 @@ class BrokenSteps:
             rows = [(key, loss) for keys, loss_B in samples for key, loss in zip(keys, loss_B.tolist(), strict=True)]
             bad = [key for key, loss in rows if not math.isfinite(loss)]
             if bad:
-                return [self.name_of(key.record) for key in bad]
-        return [self.name_of(key.record) for keys, _ in samples for key in keys]
+                return self._names(bad)
+        return self._names(key for keys, _ in samples for key in keys)
+
+    def _names(self, keys: Iterable[SampleKey]) -> list[str]:
+        """One name per image: a step may hold several visits of one."""
+        return [self.name_of(record) for record in dict.fromkeys(key.record for key in keys)]
 
     def report(self) -> str:
         """A sentence about the broken steps since the last report, or nothing."""

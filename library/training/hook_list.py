@@ -98,7 +98,7 @@ def _preview(run: Run, parts: Parts) -> PreviewHook:
 
 def _on_main(accelerator: Accelerator, write: Callable[..., None], path: Path, *arguments: Any) -> UserError | None:
     """Write on the main process, with its attempts; the others wait."""
-    failure = Attempts()(str(path), partial(write, path, *arguments)) if accelerator.is_main_process else None
+    failure = Attempts()(path, partial(write, path, *arguments)) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     return failure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.errors import UserError
 from library.log import get_logger
@@ -21,8 +22,8 @@ class Attempts:
 
     pauses: tuple[float, ...] = (1.0, 5.0, 15.0)
 
-    def __call__(self, what: str, write: Callable[[], None]) -> UserError | None:
-        """Do `write`; None when it worked, else why the last try did not. `what` names it in the log."""
+    def __call__(self, path: Path, write: Callable[[], None]) -> UserError | None:
+        """Do `write`; None when it worked, else why the last try did not. `path` is named."""
         for number, pause in enumerate((*self.pauses, None), start=1):
             try:
                 write()
@@ -31,10 +32,10 @@ class Attempts:
                 failure = error
             if pause is None:
                 break
-            log.warning(f"saving {what} failed ({_reason(failure)}); try {number + 1} in {pause:g} s")
+            log.warning(f"saving {path.name} failed ({_reason(failure)}); try {number + 1} in {pause:g} s")
             time.sleep(pause)
         fix = failure.problems[0].fix if isinstance(failure, UserError) else "look at the disk and its permissions"
-        return UserError(f"{what} could not be saved after {number} tries: {_reason(failure)}", what, fix)
+        return UserError(f"{path.name} could not be saved after {number} tries: {_reason(failure)}", str(path), fix)
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from library.training.metrics import Meters
 from library.training.state import Progress
 from library.training.stop_hooks import NonFiniteHook
 
-KEYS = [SampleKey("a", 0), SampleKey("b", 1)]
+KEYS = [SampleKey("a", 0), SampleKey("b", 1), SampleKey("b", 0)]
 
 
 def _samples(*losses):
@@ -27,7 +27,7 @@ def _record(step=1, **values):
 def test_a_loss_that_is_not_finite_names_the_images_it_comes_from():
     broken = BrokenSteps(name_of=lambda key: f"/data/{key}.png")
     record = _record(loss=math.nan, skipped=1.0)
-    broken.see(record, _samples(0.5, math.nan))
+    broken.see(record, _samples(0.5, math.nan, math.nan))
     assert record["images"] == ["/data/b.png"]
     assert "step 1 (loss; images: /data/b.png)" in broken.report()
     assert broken.report() == "", "told once"
@@ -37,7 +37,7 @@ def test_a_loss_that_is_not_finite_names_the_images_it_comes_from():
 def test_a_gradient_that_is_not_finite_names_all_images_of_the_step(values):
     broken = BrokenSteps()
     record = _record(**values)
-    broken.see(record, _samples(0.5, 0.6))
+    broken.see(record, _samples(0.5, 0.6, 0.7))
     assert record["images"] == ["a", "b"] and broken.total == 1
 
 
@@ -62,11 +62,11 @@ def test_overflows_of_a_scaler_are_its_work_until_they_do_not_end():
     broken = BrokenSteps(has_scaler=True)
     for step in range(1, SCALER_BACKOFFS):
         record = _record(step, grad_norm=math.inf, skipped=1.0)
-        broken.see(record, _samples(0.5, 0.5))
+        broken.see(record, _samples(0.5, 0.5, 0.5))
         assert "images" not in record
     assert broken.report() == "" and broken.total == 0 and broken.overflows == SCALER_BACKOFFS - 1
     assert not broken.reaches(3)
-    broken.see(_record(loss=math.nan, skipped=1.0), _samples(math.nan, 0.5))
+    broken.see(_record(loss=math.nan, skipped=1.0), _samples(math.nan, 0.5, 0.5))
     assert broken.total == 1, "a scaler does not make a loss NaN"
     assert broken.reaches(3)
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,11 +56,11 @@ class _Run:
     def _model(self, path, view):
         self.calls.append(path.name)
         self.seen[path.name] = sorted(each.name for each in self.folder.iterdir())
-        return Attempts()(str(path), lambda: save({"w": torch.ones(3)}, path, checked=True))
+        return Attempts()(path, lambda: save({"w": torch.ones(3)}, path, checked=True))
 
     def _state(self, path):
         self.calls.append(path.name)
-        return Attempts()(str(path), lambda: path.mkdir(exist_ok=True))
+        return Attempts()(path, lambda: path.mkdir(exist_ok=True))
 
     def step(self, number, requested=()):
         self.view.progress.global_step = number
@@ -153,7 +154,7 @@ def test_what_torch_raises_on_a_full_disk_is_tried_again_too(slept):
     def write():
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
-    failure = Attempts((0.1,))("state", write)
+    failure = Attempts((0.1,))(Path("state"), write)
     assert "state could not be saved after 2 tries: RuntimeError: [enforce fail" in failure.problems[0].what
 
 
@@ -162,5 +163,5 @@ def test_defects_of_our_own_are_not_tried_again(slept):
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        Attempts()("state", write)
+        Attempts()(Path("state"), write)
     assert slept == []
