@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from library.io.atomic import atomic_path
 from library.training.bands import NAMES as BANDS
@@ -131,9 +131,9 @@ def _norm(axes: Axes, series: Mapping[str, Series]) -> None:
     steps, values = series["grad_norm"]
     _line(axes, (steps, np.where(np.isfinite(values) & (values > 0), values, np.nan)), color=_DARK, linewidth=1.0)
     axes.set_yscale("log")
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(axis="y", which="both", labelsize=7)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     if "skipped" in series:
         at, skipped = series["skipped"]
         for step in at[skipped > 0]:
@@ -143,13 +143,17 @@ def _norm(axes: Axes, series: Mapping[str, Series]) -> None:
 
 
 def _rates(axes: Axes, series: Mapping[str, Series]) -> None:
-    names = sorted(name for name in series if name.startswith("lr/"))
-    for name in names[:23]:
-        _line(axes, series[name], label=name.removeprefix("lr/"), marker="")
+    equal: dict[bytes, list[str]] = {}
+    for name in sorted(name for name in series if name.startswith("lr/")):
+        equal.setdefault(series[name][1].tobytes(), []).append(name)
+    for names in equal.values():
+        shown = [name.removeprefix("lr/") for name in names]
+        label = ", ".join(shown) if len(shown) <= 3 else f"{shown[0]} and {len(shown) - 1} more"
+        _line(axes, series[names[0]], label=label, marker="")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.yaxis.get_offset_text().set_fontsize(8)
     axes.set_ylim(bottom=0)
-    _legend(axes, ncols=1 if len(names) < 6 else 3)
+    _legend(axes, ncols=1 if len(equal) < 6 else 2)
 
 
 def _speed(axes: Axes, series: Mapping[str, Series]) -> None:

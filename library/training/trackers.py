@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,7 +70,8 @@ class Wandb:
         wandb = _wandb()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._run = wandb.init(**{"dir": str(folder), "config": settings, **arguments})
+            with _hidden_arguments():
+                self._run = wandb.init(**{"dir": str(folder), "config": settings, **arguments})
         except TypeError as error:
             raise _wrong_arguments("wandb", error) from error
         except Exception as error:  # wandb's own exceptions, network and all
@@ -137,6 +140,17 @@ def _no_wandb(error: object) -> UserError:
         fix="log in with `wandb login` or set WANDB_API_KEY, set WANDB_MODE=offline to keep the run on this "
         "machine, or leave log_with out",
     )
+
+
+@contextmanager
+def _hidden_arguments() -> Iterator[None]:
+    """wandb notes the command line, with the key that may stand there, and folders that are nobody's business."""
+    arguments = sys.argv[1:]
+    del sys.argv[1:]
+    try:
+        yield
+    finally:
+        sys.argv[1:] = arguments
 
 
 def _wrong_arguments(name: str, error: TypeError) -> UserError:

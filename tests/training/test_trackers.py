@@ -24,6 +24,7 @@ class _StandIn(types.ModuleType):
         return self.accepts
 
     def init(self, *, project=None, name=None, dir=None, config=None, tags=None):
+        self.arguments = list(sys.argv[1:])
         self.started.append({"project": project, "name": name, "dir": dir, "config": config, "tags": tags})
         return self
 
@@ -88,10 +89,12 @@ def test_tensorboard_gets_every_number_by_its_name(settings, tmp_path):
     assert '"train_data_dir": "data"' in shown and str(tmp_path) not in shown
 
 
-def test_wandb_gets_the_same(settings, tmp_path, wandb):
+def test_wandb_gets_the_same_and_never_the_command_line(settings, tmp_path, wandb, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--wandb_api_key=k"])
     (tmp_path / "t.toml").write_text('[wandb]\ntags = ["x"]\n[tensorboard]\nflush_secs = 5\n')
     cfg = settings(log_with="wandb", wandb_run_name="cat", log_tracker_config=str(tmp_path / "t.toml"), log_config=True)
     _write(cfg, tmp_path)
+    assert wandb.arguments == [] and sys.argv[1:] == ["--wandb_api_key=k"]
     (started,) = wandb.started
     assert (started["project"], started["name"], started["tags"]) == ("network_train", "cat", ["x"])
     assert started["config"]["output_dir"] == "out"
