@@ -206,11 +206,20 @@ def _saving(cfg: RunConfig) -> Iterator[str]:
         yield f"metadata_thumbnail is left out: there is no file {thumbnail}"
 
 
+def _logging(cfg: RunConfig) -> Iterator[str]:
+    for name in ("wandb_run_name", "wandb_api_key"):
+        if cfg.get(name) and cfg.loop.log_with not in ("wandb", "all"):
+            yield f"{name} has no effect: it acts with log_with wandb"
+
+
 def _samples(cfg: RunConfig) -> Iterator[str]:
     preview = cfg.preview
     asked = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
     if preview.sample_prompts and not asked:
-        yield "sample_prompts has no effect: set sample_every_n_steps, sample_every_n_epochs or sample_at_first"
+        yield (
+            "sample_prompts draws nothing by itself: set sample_every_n_steps, sample_every_n_epochs or "
+            "sample_at_first, or make the file sample_now in output_dir while training"
+        )
 
 
 def _averages(cfg: RunConfig) -> Iterator[str]:
@@ -236,6 +245,7 @@ _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _learning_rate,
     _precision,
     _saving,
+    _logging,
     _samples,
     _averages,
 )

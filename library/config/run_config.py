@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 
+# Options whose values are never printed, written or sent.
+SECRETS = frozenset({"wandb_api_key"})
+
 
 class RunConfig:
     """Option groups as attributes (`cfg.optim.learning_rate`), and where every value came from.
@@ -72,5 +75,6 @@ class RunConfig:
         return self.provenance.get(name, DEFAULT) != DEFAULT
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in self.flat().items() if self.is_given(name))
+        known = {name: value for name, value in self.flat().items() if name not in SECRETS}
+        given = ", ".join(f"{name}={value!r}" for name, value in known.items() if self.is_given(name))
         return f"RunConfig({self.run!r}, {given})"

@@ -143,7 +143,7 @@ def save_single_file(
     views.append(("", prediction.markers_of(bundle.prediction_type, bundle.schedule)))
     header = {"format": "pt", **facts_metadata(bundle.arch.facts)}
     said = prediction.header_of(bundle.prediction_type, bundle.schedule)
-    save(joined(views), path, header | dict(metadata or {}) | said, dtype=dtype)
+    save(joined(views), path, header | dict(metadata or {}) | said, dtype=dtype, checked=True)
 
 
 def save_diffusers(bundle: ModelBundle, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -159,7 +159,7 @@ def _write_part(
         if part == "text_encoder_2" and logit_scale is not None:
             value = logit_scale if dtype is None else logit_scale.to(dtype)
             metadata[LOGIT_SCALE] = f"{value.item()!r} {str(value.dtype).removeprefix('torch.')}"
-    save(state, folder / f"{stem}.safetensors", metadata, dtype=dtype)
+    save(state, folder / f"{stem}.safetensors", metadata, dtype=dtype, checked=True)
 
 
 def _today(key: str, part: Part) -> str:

@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.log import get_logger
 from library.models import memory
 from library.training import early
+from library.training.broken_steps import BrokenSteps, image_name
 from library.training.build_update import build_update
 from library.training.draws import Draws
 from library.training.ema_hook import make_ema
@@ -43,7 +44,7 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
     run.data.set_length(length.total_steps)
     optimizer = early.optimizer(cfg, groups)
     scheduler = early.scheduler(cfg, optimizer, total_steps=length.total_steps)
-    view = View(Progress(), length.total_steps, length.num_epochs, Meters())
+    view = View(Progress(), length.total_steps, length.num_epochs, _meters(run, length.total_steps))
     update = build_update(
         cfg,
         early.optimizer,
@@ -88,6 +89,11 @@ def _attach(run: Run) -> tuple[torch.nn.Module, list[ParamGroup]]:
 def _step(run: Run, trained: torch.nn.Module) -> TrainStep:
     objective = Objective.of(run.cfg)
     return TrainStep(run.bundle, run.trainable, trained, objective=objective, with_text=not run.text_cached).train()
+
+
+def _meters(run: Run, total_steps: int) -> Meters:
+    broken = BrokenSteps(has_scaler=run.accelerator.scaler is not None, name_of=partial(image_name, run.data.table))
+    return Meters(run.cfg.loop.log_every_n_steps, total_steps, broken=broken)
 
 
 def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:

@@ -18,7 +18,7 @@ from library.log import get_logger
 from library.models import attention
 from library.models.prediction import schedule_for
 from library.sizes import Size
-from library.training import build_update
+from library.training import build_update, trackers
 from library.training.draws import timestep_table
 from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
 from library.training.objective import Objective
@@ -47,6 +47,8 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
         ) from error
     timestep_table(cfg)
     Objective.of(cfg)
+    if accelerator.is_main_process:
+        trackers.check(cfg)
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
     weight = torch.nn.Parameter(torch.zeros(2, 2, device=accelerator.device))  # some optimizers take matrices only
     trial = optimizer(cfg, [{"name": "trial", "params": [weight], "lr": 1.0}])

@@ -50,6 +50,8 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     finally:
         trainer.data.close()
     accelerator.end_training()
+    if trainer.view.failure is not None:
+        raise trainer.view.failure
     return trainer.view.progress
 
 

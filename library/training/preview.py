@@ -22,6 +22,7 @@ from library.log import get_logger
 from library.seeds import derive_seed
 from library.training.contact_sheet import ContactSheet, Place
 from library.training.hooks import Event, View
+from library.training.requests import SAMPLE
 
 if TYPE_CHECKING:
     from library.models.bundle import ModelBundle
@@ -32,6 +33,8 @@ log = get_logger(__name__)
 def is_due(event: Event, view: View, settings: Any) -> bool:
     """Whether `event` makes sample pictures; a period in epochs switches the period in steps off, as in sd-scripts."""
     progress = view.progress
+    if event is Event.STEP and SAMPLE in view.requested:
+        return True
     if event is Event.START:
         return settings.sample_at_first and progress.global_step == 0
     if event is Event.EPOCH and settings.sample_every_n_epochs:

@@ -18,6 +18,7 @@ import torch
 
 from library.errors import UserError
 from library.io.atomic import atomic_folder
+from library.io.read_back import check_archive
 from library.io.safetensors_file import TensorReader, save
 
 FORMAT = 1
@@ -106,12 +107,16 @@ class TrainingState:
     others: dict[str, Stateful]
 
     def save(self, folder: Path) -> None:
-        """Write all parts into a folder that appears whole; an older folder of that name is replaced."""
+        """Write all parts into a folder that appears whole; an older folder of that name is replaced.
+
+        Every part is read back and compared before that. Raises UserError or OSError when it cannot be written.
+        """
         with atomic_folder(folder) as partial:
             tensors = {name: value.detach().contiguous() for name, value in self.trained.state_dict().items()}
-            save(tensors, partial / "trained.safetensors", {})
+            save(tensors, partial / "trained.safetensors", {}, checked=True)
             for name, owner in self.others.items():
                 torch.save(dict(owner.state_dict()), partial / f"{name}.pt")
+                check_archive(partial / f"{name}.pt")
             description = {"format": FORMAT, "progress": asdict(self.progress), "facts": asdict(self.facts)}
             (partial / "state.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 

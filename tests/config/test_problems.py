@@ -89,7 +89,6 @@ def test_unknown_names_get_a_suggestion(run_toml, toml_text, key, near):
         ("lr_scheduler_timescale = 0", "must be at least 1", ""),
         ("lr_scheduler = 'sinus'", 'lr_scheduler = "sinus" is not one of: constant', ""),
         ("loss_type = 'hubber'", "is not one of: ", ""),
-        ("log_with = 'wandb'", "is not supported yet", ""),
         ("save_model_as = 'ckpt'", "only safetensors", ""),
         ("mixed_precision = 'fp8'", "is not one of: no, fp16, bf16", ""),
         ("caption_dropout_rate = 1.5", "must be at most 1", ""),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from library.config.cli import make_config, parse
 from library.config.effective import config_lines, write_config
 from library.config.fields import Option
+from library.config.run_config import SECRETS
 from library.config.runs import RUNS
 from library.config.spans import Span
 from library.config.values import Given, build_config
@@ -147,7 +148,7 @@ def _strategy(option: Option) -> st.SearchStrategy:
 @st.composite
 def _configurations(draw: st.DrawFn, run: str) -> dict[str, Given]:
     options = RUNS[run].options()
-    names = draw(st.lists(st.sampled_from(sorted(options)), unique=True, max_size=12))
+    names = draw(st.lists(st.sampled_from(sorted(options.keys() - SECRETS)), unique=True, max_size=12))
     return {name: Given(draw(_strategy(options[name])), "argument") for name in names}
 
 
