@@ -15,22 +15,13 @@ from library.errors import UserError
 from library.log import get_logger
 from library.models import checkpoint
 from library.models.prediction import Stated, has_zero_terminal_snr
+from library.training.objective import Objective
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
     from library.models.bundle import ModelBundle
 
 log = get_logger(__name__)
-
-# Options whose formulas are those of noise or velocity; they have no counterpart in rectified flow.
-NOT_FOR_FLOW = (
-    "min_snr_gamma",
-    "snr_gamma",
-    "scale_v_pred_loss_like_noise_pred",
-    "v_pred_like_loss",
-    "debiased_estimation_loss",
-    "dream_training",
-)
 
 
 @dataclass(frozen=True)
@@ -166,12 +157,5 @@ def effective(flat: Mapping[str, Any], bundle: ModelBundle) -> dict[str, Any]:
 def _decided(cfg: RunConfig, stated: Stated) -> Decision:
     where = f"--pretrained_model_name_or_path {cfg.model.pretrained_model_name_or_path}"
     decision = decide(stated, asked_for(cfg), where=where)
-    flat = cfg.flat()
-    set_for_noise = [name for name in NOT_FOR_FLOW if flat.get(name)]
-    if decision.prediction_type == "rectified_flow" and set_for_noise:
-        raise UserError(
-            f"{', '.join(set_for_noise)} cannot act on rectified flow: the formula is one of noise or velocity",
-            where=where,
-            fix="remove " + ", ".join(f"--{name}" for name in set_for_noise),
-        )
+    Objective.of(cfg).check(decision.prediction_type)
     return decision

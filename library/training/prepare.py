@@ -19,7 +19,6 @@ from library.models import arch, attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
 from library.training import early, prediction
-from library.training.objective import Objective
 from library.training.precision import trained_dtype, weight_dtype
 from library.training.run import Run
 from library.training.trainable import PART_MODULES, Trainable
@@ -63,7 +62,6 @@ def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> R
         )
     trainable.prepare(bundle, seed=seed)
     prediction.settle(cfg, bundle)
-    Objective.of(cfg).check(bundle.prediction_type)  # before caches are filled
     memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
     attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
     run = Run(cfg, accelerator, trainable, seed, data, bundle, previews=previews)

@@ -85,7 +85,7 @@ def test_the_threshold_follows_its_schedule_and_the_scale_acts_in_each(schedule:
 def test_the_threshold_without_any_signal_is_its_base() -> None:
     alphas = NoiseSchedule.scaled_linear().alphas_cumprod_N.clone()
     alphas[-1] = 0
-    found = HuberThreshold(0.1, 1.0, "snr").at(torch.tensor([999]), NoiseSchedule(alphas))
+    found = HuberThreshold(0.1, 1.0, "snr").at(torch.tensor([999]), NoiseSchedule.variance_preserving(alphas))
     assert found.tolist() == pytest.approx([0.1], rel=1e-12)
 
 

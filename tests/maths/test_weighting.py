@@ -39,7 +39,7 @@ def _ratios(*, zero_terminal: bool) -> np.ndarray:
 
 def _schedule(*, zero_terminal: bool) -> NoiseSchedule:
     ratios = torch.from_numpy(_ratios(zero_terminal=zero_terminal))
-    return NoiseSchedule(ratios / (1 + ratios))
+    return NoiseSchedule.variance_preserving(ratios / (1 + ratios))
 
 
 def _expected(weighting: Weighting, s: float, kind: str) -> float:

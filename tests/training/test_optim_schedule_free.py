@@ -1,17 +1,13 @@
 """Schedule-free optimizers: the average outside training, and no trace of looking at it."""
 
 from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from library.training import preview
-from library.training.hooks import Event, View
-from library.training.metrics import Meters
+from library.training.evaluation import evaluation
 from library.training.optim import build_optimizer, evaluated, evaluation_mode
-from library.training.state import Progress
 
 KINDS = ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree", "ProdigyPlusScheduleFree"]
 
@@ -89,19 +85,14 @@ def test_other_optimizers_do_not_notice_and_calls_are_made_inside():
         assert torch.equal(param, before)
 
 
-def test_sample_pictures_are_drawn_with_the_averages(monkeypatch, tmp_path):
+def test_runs_are_judged_by_the_averages():
     optimizer, param = _make("AdamWScheduleFree")
     _steps(optimizer, param, 0, 5)
     training_point = param.detach().clone()
     with evaluation_mode(optimizer):
         average = param.detach().clone()
-    drawn_with = []
-    monkeypatch.setattr(preview.inference, "generate", lambda *_, **__: [drawn_with.append(param.detach().clone())][:0])
     bundle = SimpleNamespace(unet=None, text_encoder_1=None, text_encoder_2=None)
-    settings = SimpleNamespace(sample_at_first=True)
-    hook = preview.PreviewHook(
-        bundle, torch.nn.Module(), [], None, settings, tmp_path, None, torch.device("cpu"), None, lambda: None,
-        weights_to_use=partial(evaluation_mode, optimizer),
-    )  # fmt: skip
-    hook(Event.START, View(Progress(), 1, 1, Meters()))
-    assert torch.equal(drawn_with[0], average) and torch.equal(param, training_point)
+    parts = SimpleNamespace(trained=torch.nn.Module(), step=torch.nn.Module(), optimizer=optimizer, ema=None)
+    with evaluation(SimpleNamespace(bundle=bundle), parts, averaged=False):
+        assert torch.equal(param, average)
+    assert torch.equal(param, training_point)

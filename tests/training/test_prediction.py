@@ -175,9 +175,9 @@ def test_a_checkpoint_that_cannot_be_asked_early_is_judged_when_it_is_loaded(con
         prediction.settle(cfg, bundle)
 
 
-def test_formulas_of_noise_are_refused_for_flow(config, monkeypatch):
-    cfg = config(prediction_type=FLOW, allow_prediction_type_change=True)
-    monkeypatch.setattr(prediction, "NOT_FOR_FLOW", ("learning_rate",))  # any option that is set
-    with pytest.raises(UserError, match="learning_rate cannot act on rectified flow"):
+@pytest.mark.parametrize("option", [{"min_snr_gamma": 5.0}, {"p2_gamma": 1.0}, {"dream_training": True}])
+def test_formulas_of_noise_are_refused_for_flow(config, option):
+    cfg = config(prediction_type=FLOW, allow_prediction_type_change=True, **option)
+    with pytest.raises(UserError, match=f"{next(iter(option))}.* epsilon and v, not for rectified_flow"):
         prediction.early_decision(cfg)
-    assert prediction.early_decision(config()).prediction_type == EPS
+    assert prediction.early_decision(config(**option)).prediction_type == EPS

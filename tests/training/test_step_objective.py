@@ -12,6 +12,7 @@ from library.data.types import Batch, SampleKey
 from library.diffusion.huber import HuberThreshold
 from library.diffusion.losses import huber, l1, smooth_l1
 from library.diffusion.noise import NoiseSettings
+from library.diffusion.schedule import NoiseSchedule
 from library.diffusion.weighting import Weighting
 from library.errors import UserError
 from library.models import checkpoint, memory
@@ -268,9 +269,7 @@ def test_accumulation_with_a_short_batch_gives_the_gradient_of_the_whole_batch(p
 def test_a_schedule_without_final_signal_gives_finite_weights_and_gradients(parts, kind):
     bundle, _ = parts
     plain = bundle.schedule
-    alphas = plain.alphas_cumprod_N.clone()
-    alphas[-1] = 0
-    bundle.schedule = replace(plain, alphas_cumprod_N=alphas)
+    bundle.schedule = NoiseSchedule.scaled_linear(zero_terminal_snr=True)
     try:
         batch = _batch(2)
         draw = replace(_draw(batch), t_B=torch.tensor([999, 500]))
@@ -288,9 +287,9 @@ def test_a_schedule_without_final_signal_gives_finite_weights_and_gradients(part
     [
         (Objective(weighting=Weighting(scale_v_like_noise=True)), "epsilon", "scale_v_pred_loss_like_noise_pred"),
         (Objective(weighting=Weighting(v_like_loss=0.5)), "v_prediction", "v_pred_like_loss"),
-        (Objective(weighting=Weighting(min_snr_gamma=5.0)), "flow", "min_snr_gamma"),
-        (Objective(weighting=Weighting(debiased=True)), "flow", "debiased_estimation_loss"),
-        (Objective(dream=1.0), "flow", "dream_training"),
+        (Objective(weighting=Weighting(min_snr_gamma=5.0)), "rectified_flow", "min_snr_gamma"),
+        (Objective(weighting=Weighting(debiased=True)), "rectified_flow", "debiased_estimation_loss"),
+        (Objective(dream=1.0), "rectified_flow", "dream_training"),
     ],
 )
 def test_what_has_no_meaning_for_a_prediction_is_refused(objective, prediction_type, what):
@@ -301,7 +300,7 @@ def test_what_has_no_meaning_for_a_prediction_is_refused(objective, prediction_t
 
 
 def test_everything_else_is_allowed():
-    for prediction_type in (*KINDS, "flow"):
+    for prediction_type in (*KINDS, "rectified_flow"):
         Objective(loss=huber.elementwise, adaptive_noise_scale=0.1).check(prediction_type)
     for prediction_type in KINDS:
         Objective(weighting=Weighting(min_snr_gamma=5.0, debiased=True), dream=1.0).check(prediction_type)
