@@ -162,8 +162,9 @@ def _joined(*parts):
     return [{key: place for step in steps for key, place in step.items()} for steps in zip(*parts, strict=True)]
 
 
-def test_places_count_the_samples_of_the_epoch_and_of_each_step(folder):
-    steps = _places(_data(folder, batch_size=3, accumulation=2))
+@pytest.mark.parametrize("epoch", range(4))  # the short micro-batches stand elsewhere in each
+def test_places_count_the_samples_of_the_epoch_and_of_each_step(folder, epoch):
+    steps = _places(_data(folder, batch_size=3, accumulation=2), epoch)
     position = 0
     for step in steps:
         places = sorted(step.values())
@@ -171,7 +172,7 @@ def test_places_count_the_samples_of_the_epoch_and_of_each_step(folder):
         assert [place.position for place in places] == list(range(position, position + len(step)))
         assert {place.step_size for place in places} == {len(step)}
         position += len(step)
-    assert position == 14 and len(steps[-1]) != len(steps[0])
+    assert position == 14
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
