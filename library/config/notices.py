@@ -228,8 +228,8 @@ def _averages(cfg: RunConfig) -> Iterator[str]:
             yield f"{name} has no effect: it acts with ema_warmup"
     if cfg.ema.use_ema and "schedulefree" in cfg.optim.optimizer_type.lower():
         yield (
-            f"use_ema averages the points at which {cfg.optim.optimizer_type} trains; the optimizer has an average of its "
-            "own, which is what is saved and shown without use_ema"
+            f"use_ema averages the points at which {cfg.optim.optimizer_type} trains; the optimizer keeps an average "
+            "of its own, which is what is saved and shown without use_ema"
         )
     is_seen = cfg.preview.sample_with_ema or cfg.validation.validate_with_ema
     if cfg.ema.use_ema and cfg.ema.save_ema == "none" and not is_seen:

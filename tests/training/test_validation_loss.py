@@ -15,12 +15,14 @@ from library.config.evaluation import ValidationOptions
 from library.data.comparison import training_subset
 from library.data.dataset import build_train_data
 from library.data.latent_caching import LatentCacheOptions, build_latents
+from library.diffusion.weighting import Weighting
 from library.models import checkpoint
 from library.models.families import sdxl
 from library.seeds import derive_seed
 from library.training.evaluation import eval_mode, kept_random_state
 from library.training.hooks import Event, View
 from library.training.metrics import Meters
+from library.training.objective import Objective
 from library.training.state import Progress
 from library.training.step import StepOutput, TrainStep
 from library.training.validation import HELD_OUT, TRAINED, Band, Means, Validation, timestep_grid
@@ -111,7 +113,8 @@ class _Step(torch.nn.Module):
         shape = (len(batch.keys), 4, batch.bucket.h // 8, batch.bucket.w // 8)
         return SimpleNamespace(**{**vars(batch), "latents_B4hw": means.expand(shape) + 0 * draw.posterior_BChw})
 
-    def forward(self, batch, draw):
+    def forward(self, batch, draw, *, plain):
+        assert plain
         self.seen += list(zip((key.record for key in batch.keys), draw.t_B.tolist(), strict=True))
         loss_B = (batch.latents_B4hw + draw.noise_BChw).pow(2).mean((1, 2, 3)) + draw.t_B / 1000
         return StepOutput(loss_B.mean(), loss_B, torch.zeros(()))
@@ -194,7 +197,7 @@ def test_it_is_the_mean_squared_error_of_the_prediction(tmp_path):
         bundle,
         trainable,
         torch.nn.Identity(),
-        elementwise_loss=lambda prediction, target: (prediction - target) ** 2,
+        objective=Objective(weighting=Weighting(min_snr_gamma=1.0)),
         with_text=True,
     )
     validation = _validation(data, mse.eval(), count=2)
