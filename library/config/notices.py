@@ -226,6 +226,11 @@ def _averages(cfg: RunConfig) -> Iterator[str]:
     for name in ("ema_inv_gamma", "ema_power"):
         if cfg.ema.use_ema and cfg.is_given(name) and not cfg.ema.ema_warmup:
             yield f"{name} has no effect: it acts with ema_warmup"
+    if cfg.ema.use_ema and "schedulefree" in cfg.optim.optimizer_type.lower():
+        yield (
+            f"use_ema averages the points at which {cfg.optim.optimizer_type} trains; the optimizer keeps an average "
+            "of its own, which is what is saved and shown without use_ema"
+        )
     is_seen = cfg.preview.sample_with_ema or cfg.validation.validate_with_ema
     if cfg.ema.use_ema and cfg.ema.save_ema == "none" and not is_seen:
         yield "use_ema has no effect on any file but saved states: set save_ema, sample_with_ema or validate_with_ema"

@@ -111,7 +111,7 @@ class RunLog:
         self.jsonl = jsonl
         self.trackers = trackers
         jsonl.parent.mkdir(parents=True, exist_ok=True)
-        _cut_after(jsonl, resumed_step)
+        self._noted = _cut_after(jsonl, resumed_step)
         self._file: IO[str] = jsonl.open("a", encoding="utf-8")
         self._started = time.time()
 
@@ -127,9 +127,13 @@ class RunLog:
         self._file.flush()
 
     def note(self, record: dict[str, Any]) -> None:
-        """Append a record beside the per-step ones: `step`, `epoch`, and numbers whose names hold a "/"."""
-        self._file.write(json.dumps({**record, "time": round(time.time() - self._started, 3)}) + "\n")
-        self._file.flush()
+        """Append a record beside the per-step ones: `step`, `epoch`, and numbers whose names hold a "/".
+
+        After a resume one that is there already, of an epoch that ended after the state was saved, is left as it is.
+        """
+        if record["step"] not in self._noted:
+            self._file.write(json.dumps({**record, "time": round(time.time() - self._started, 3)}) + "\n")
+            self._file.flush()
         self._tell({name: value for name, value in record.items() if "/" in name}, record["step"])
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -148,16 +152,24 @@ class RunLog:
             tracker.close()
 
 
-def _cut_after(jsonl: Path, step: int) -> None:
-    """Drop records with a step beyond `step`, and a torn last line, from an earlier run's file."""
+def _cut_after(jsonl: Path, step: int) -> set[int]:
+    """Drop records with a step beyond `step`, and a torn last line, from an earlier run's file.
+
+    Returns the steps of the records that stay and are not of a step itself (from `RunLog.note`).
+    """
+    kept: list[str] = []
+    noted: set[int] = set()
     if not jsonl.exists():
-        return
-    kept = []
+        return noted
     for line in jsonl.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] > step:
+            record = json.loads(line)
+            if record["step"] > step:
                 break
         except (json.JSONDecodeError, KeyError, TypeError):
             break
         kept.append(line)
+        if "loss" not in record:
+            noted.add(record["step"])
     jsonl.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return noted

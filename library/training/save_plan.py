@@ -37,9 +37,10 @@ def check_space(run: Run, parts: Parts) -> None:
         lambda params: early.optimizer(run.cfg, [{"name": "trial", "params": params, "lr": 1e-4}])
     )
     state = free_space.weight_bytes(stored, None) + per_number * sum(p.numel() for p in trained) + rest
+    files = 2 if run.cfg.ema.use_ema and run.cfg.ema.save_ema == "also" else 1  # the average is a file of its own
     free_space.check(
         Path(run.cfg.save.output_dir),
         plan,
-        model_bytes=free_space.weight_bytes(whole, save_dtype(run.cfg.save.save_precision)),
+        model_bytes=files * free_space.weight_bytes(whole, save_dtype(run.cfg.save.save_precision)),
         state_bytes=round(state),
     )

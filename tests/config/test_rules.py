@@ -295,6 +295,7 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
     [
         ({"clip_skip": 2}, "clip_skip is only recorded"),
         ({"use_ema": True, "ema_power": 0.75}, "ema_power has no effect"),
+        ({"use_ema": True, "optimizer_type": "AdamWScheduleFree"}, "use_ema averages the points"),
         ({"use_ema": True, "save_ema": "none"}, "use_ema has no effect on any file"),
         ({"max_train_steps": 10, "max_train_epochs": 1}, "max_train_steps is ignored"),
         ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles has no effect"),

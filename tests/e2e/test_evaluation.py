@@ -1,6 +1,5 @@
 """Validation, sample pictures and averaged weights look at a run and never change it."""
 
-import json
 import re
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import copy_log
+from tests.e2e.conftest import copy_log, log_of
 
 HELD = ["--validation_split=0.3", "--max_train_steps=6", "--network_dropout=0.1", "--save_state"]
 SEEN = [
@@ -27,9 +26,8 @@ SEEN = [
 
 def _records(output):
     """Records of the steps and records of the validation, without what depends on the machine."""
-    lines = [json.loads(line) for line in (output / "net-log.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
-    return [r for r in kept if "loss" in r], [r for r in kept if "loss" not in r]
+    records = log_of(output)
+    return [r for r in records if "loss" in r], [r for r in records if "loss" not in r]
 
 
 def _equal(first, second):

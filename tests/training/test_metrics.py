@@ -48,3 +48,20 @@ def test_a_nan_loss_is_recorded_but_does_not_poison_the_average():
     records = _records(Meters(), [1.0, float("nan"), 1.0])
     assert records[1]["loss"] != records[1]["loss"]
     assert records[2]["loss_average"] == 1.0
+
+
+def test_notes_stand_behind_their_step_and_are_not_repeated_after_a_resume(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = RunLog(path, [], resumed_step=0)
+    for step in (1, 2):
+        log.write([{"step": step, "epoch": 1, "loss": 0.5}])
+        log.note({"step": step, "epoch": 1, "loss/validation/gap": step / 8})
+    log.close()
+    log = RunLog(path, [], resumed_step=1)
+    log.note({"step": 1, "epoch": 1, "loss/validation/gap": 0.125})
+    log.write([{"step": 2, "epoch": 1, "loss": 0.5}])
+    log.note({"step": 2, "epoch": 1, "loss/validation/gap": 0.25})
+    log.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(record["step"], "loss" in record) for record in records] == [(1, True), (1, False), (2, True), (2, False)]
+    assert [record["loss/validation/gap"] for record in records[1::2]] == [0.125, 0.25]

@@ -238,10 +238,15 @@ def _moments(total=10, per_epoch=4, *, start=0, stop_at=None, **options):
     """The steps after which a run validates."""
     records = []
     view = View(Progress(), total, -(-total // per_epoch), Meters())
-    view.progress.epoch, view.progress.step_in_epoch = divmod(start, per_epoch)
+    # A state that was saved after the last step of an epoch, which is still to end.
+    view.progress.epoch, view.progress.step_in_epoch = divmod(start - 1, per_epoch) if start else (0, -1)
+    view.progress.step_in_epoch += 1
     view.progress.global_step = start
     hook = ValidationHook(_Fake(), ValidationOptions(**options), nullcontext, lambda view, r: records.append(r))
     hook(Event.START, view)
+    if view.progress.step_in_epoch == per_epoch:
+        view.progress.next_epoch()
+        hook(Event.EPOCH, view)
     while view.progress.global_step < total and not view.stop:
         view.progress.advance(1)
         view.stop = view.progress.global_step == stop_at
@@ -264,7 +269,8 @@ def _moments(total=10, per_epoch=4, *, start=0, stop_at=None, **options):
         ({"validate_at_first": True}, [0, 4, 8, 10]),
         ({"stop_at": 6}, [4]),
         ({"start": 10}, []),
-        ({"start": 4, "validate_at_first": True}, [8, 10]),
+        ({"start": 4, "validate_at_first": True}, [4, 8, 10]),
+        ({"start": 4, "validate_every_n_steps": 4}, [8, 10]),
         ({"start": 5, "validate_every_n_steps": 5}, [8, 10]),
     ],
 )
