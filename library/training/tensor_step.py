@@ -38,14 +38,12 @@ class Widening:
         halves: list[tuple[int, Tensor, Tensor]] = []
         for index, p in numbered:
             if p.dtype in (torch.bfloat16, torch.float16):
-                grad = None if p.grad is None else p.grad.float()
-                p.grad = None  # of the old dtype; it is freed before the wider weight is made
                 halves.append((index, p, p.data))
-                p.data = p.data.float()
-                p.grad = grad
+                _widen(p)
         try:
             yield
             for index, p, half in halves:
+                p.grad = None  # rounding needs room of its own
                 half.copy_(self._rounded(p.data, index, half.dtype))
         finally:
             for _, p, half in halves:
@@ -58,6 +56,14 @@ class Widening:
         generator = torch.Generator(wide.device)
         generator.manual_seed(derive_seed(self.run_seed, "rounding", self.global_step(), index))
         return round_stochastically(wide, generator)
+
+
+def _widen(p: Tensor) -> None:
+    """Make a parameter and its gradient float32; torch wants the gradient gone while the parameter changes."""
+    grad = None if p.grad is None else p.grad.float()
+    p.grad = None
+    p.data = p.data.float()
+    p.grad = grad
 
 
 @dataclass
