@@ -17,7 +17,7 @@ from library.errors import Problem, UserError
 
 COMMAND_LINE = "command line"
 _NO_VALUE = object()  # stands behind a flag that was given without the value it needs
-_METAVARS = {"int": "N", "float": "NUMBER", "share": "N|SHARE", "size": "SIZE", "str": "TEXT"}
+_METAVARS = {"int": "N", "float": "NUMBER", "share": "N|SHARE", "size": "SIZE", "span": "LOW,HIGH", "str": "TEXT"}
 
 
 @dataclass

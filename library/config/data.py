@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.fields import ADMIN, LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, SizeValue, option
+from library.config.fields import ADMIN, LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, SizeValue, SpanValue, option
 
 IMAGES = TRAINER | LATENTS | ADMIN | REPORT
 CAPTIONS = TRAINER | TEXTS | ADMIN | REPORT
@@ -104,6 +104,12 @@ class DataOptions(Group):
         False, "change the hue or the brightness of a third of the images a little, anew each time", acts=IMAGES
     )
     random_crop: bool = option(False, "crop at a random place instead of the centre", acts=IMAGES)
+    face_crop_aug_range: SpanValue | None = option(
+        None,
+        "crop around the face of images whose names end in its centre and size (`_cx_cy_w_h`), anew each time: the "
+        "shorter side of the crop is LOW to HIGH times the face; acts without enable_bucket",
+        acts=IMAGES,
+    )
     resize_interpolation: str | None = option(
         None,
         "resampling for every resize (unset: area when shrinking, Lanczos otherwise)",

@@ -15,7 +15,7 @@ from library.config.check_files import missing_path
 from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS, Place, read_dataset_tables
 from library.config.dataset_resolutions import KEYS as RESOLUTION_KEYS
 from library.config.dataset_resolutions import look_up_resolutions
-from library.config.dataset_rules import align_buckets, check_all, check_dataset, idle_variants
+from library.config.dataset_rules import align_buckets, check_all, check_dataset, idle_variants, leave_faces_to_buckets
 from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
 from library.config.run_config import RunConfig
@@ -204,8 +204,9 @@ class _Reader:
             resolution_weights=found.weights,
             **values,
         )
-        spec, told = align_buckets(spec, where=where)
-        self.notices += told
+        for adjust in (align_buckets, leave_faces_to_buckets):
+            spec, told = adjust(spec, where=where)
+            self.notices += told
         self.problems += check_dataset(self.cfg, spec, where=where)
         self.specs.append(spec)
 

@@ -53,6 +53,7 @@ SUBSET_KEYS: dict[str, str] = {
     "flip_aug": "flip_aug",
     "color_aug": "color_aug",
     "random_crop": "random_crop",
+    "face_crop_aug_range": "face_crop_aug_range",
     "resize_interpolation": "resize_interpolation",
     "alpha_mask": "alpha_mask",
 }
@@ -67,10 +68,6 @@ SUBSET_ONLY_KEYS: dict[str, type] = {
 }
 PATH_KEYS = frozenset({"image_dir", "metadata_file", "conditioning_data_dir"})
 _KINDS: dict[type, str] = {str: "a text in quotes", dict: "a table", bool: "true or false, without quotes"}
-# keys that sd-scripts knows and that are not there yet, with the value that asks for nothing
-LATER_KEYS: dict[str, Any] = {
-    "face_crop_aug_range": None,
-}
 # keys of sd-scripts for which there is nothing to do: their type, and why
 IDLE_KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "cache_info": (bool, "sizes and captions are always kept in an index of each image folder"),
@@ -200,7 +197,7 @@ def _checked(place: Place, problems: list[Problem], *, level: str) -> Place:
             wrong.add(key)
         elif key in IDLE_KEYS:
             idle.append(key)
-        elif key not in LATER_KEYS:
+        else:
             good[key] = value
     return Place(place.title, good, place.path, place.file, frozenset(wrong), tuple(idle))
 
@@ -215,10 +212,6 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
     where = place.where(key)
     allowed = {**SUBSET_KEYS, **({} if level == "subset" else DATASET_KEYS)}
     types = {**OWN_KEYS, **(SUBSET_ONLY_KEYS if level == "subset" else {})}
-    if key in LATER_KEYS:
-        harmless = LATER_KEYS[key]
-        asks_for_nothing = value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
-        return (None if asks_for_nothing else Problem(f"{key} is not supported yet", where, f"remove {key}")), None
     if key in IDLE_KEYS:
         is_right = isinstance(value, IDLE_KEYS[key][0])
         return (
@@ -233,7 +226,7 @@ def _check_key(place: Place, key: str, value: Any, *, level: str) -> tuple[Probl
     if key in DATASET_KEYS or key in SUBSET_ONLY_KEYS:
         right = "[[datasets]] or [general]" if key in DATASET_KEYS else "[[datasets.subsets]]"
         return Problem(f"{key} cannot stand in {place.title}", where, f"move it to {right}"), None
-    near = nearest(key, (*allowed, *types, *LATER_KEYS, *IDLE_KEYS))
+    near = nearest(key, (*allowed, *types, *IDLE_KEYS))
     fix = f"did you mean {near}?" if near else f"known keys: {', '.join(sorted({*allowed, *types}))}"
     if near is None and key in DataOptions.options():
         fix = "it is an option of the run: put it on the command line or into config_file"

@@ -20,6 +20,20 @@ NO_CONTROL_RUNS = TRAINER
 REWORDING = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard")
 
 
+# What makes an image look different on each visit, and what a cache of latents keeps instead.
+_LOOKS = (("random_crop", "one crop"), ("face_crop_aug_range", "one crop"), ("color_aug", "the colours"))
+
+
+def leave_faces_to_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[str]]:
+    """With buckets no crop follows a face: take the range from the subsets that have one, and say so."""
+    places = _where_set(spec, "face_crop_aug_range") if spec.enable_bucket else ""
+    if not places:
+        return spec, []
+    subsets = tuple(dataclasses.replace(subset, face_crop_aug_range=None) for subset in spec.subsets)
+    told = f"face_crop_aug_range has no effect in {places}: it acts without enable_bucket ({where})"
+    return dataclasses.replace(spec, subsets=subsets), [told]
+
+
 def align_buckets(spec: DatasetSpec, *, where: str) -> tuple[DatasetSpec, list[str]]:
     """Round the smallest bucket side down and the largest up to multiples of the steps, and say so."""
     if not spec.enable_bucket:
@@ -134,7 +148,7 @@ def _latent_cache(cfg: RunConfig, spec: DatasetSpec) -> list[Problem]:
         return []
     where = f"cache_latents: {cfg.provenance['cache_latents']}"
     problems = []
-    for name, kept in (("random_crop", "one crop"), ("color_aug", "the colours")):
+    for name, kept in _LOOKS:
         places = [subset.place for subset in spec.subsets if getattr(subset, name)]
         if places:
             what = f"cache_latents keeps {kept} of each image, so {name} cannot act in {', '.join(places)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.config.spans import Span
 from library.sizes import Size
 
 
@@ -16,7 +17,7 @@ class SubsetSpec:
     `image_dir` is "" for a metadata file without one: its keys are then absolute paths. `loss_weight` is
     `prior_loss_weight` for regularisation images (`is_reg`) and 1 for all others. `mask_dir` holds loss masks,
     `control_dir` condition images, found by the stems of the images; with `alpha_mask` an image's alpha is its mask.
-    The images of an `is_validation` subset are not trained on.
+    The images of an `is_validation` subset are not trained on. `face_crop_aug_range` is None where buckets are on.
     """
 
     image_dir: str
@@ -43,6 +44,7 @@ class SubsetSpec:
     flip_aug: bool = False
     color_aug: bool = False
     random_crop: bool = False
+    face_crop_aug_range: Span | None = None
     resize_interpolation: str | None = None
     alpha_mask: bool = False
     mask_dir: str | None = None
@@ -53,6 +55,11 @@ class SubsetSpec:
     def source(self) -> str:
         """The plugin of library/data/sources that lists the images."""
         return "metadata_json" if self.metadata_file else "folders"
+
+    @property
+    def has_many_looks(self) -> bool:
+        """Whether an image differs from visit to visit by more than its mirroring, so that no cache can hold it."""
+        return self.random_crop or self.color_aug or self.face_crop_aug_range is not None
 
     @property
     def has_masks(self) -> bool:

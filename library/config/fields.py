@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationInfo, field_validator
 
+from library.config.spans import Span, parse_span
 from library.sizes import Size, parse_resolution
 
 NETWORK = frozenset({"sdxl_train_network"})
@@ -28,14 +29,16 @@ SHARED = TRAINER | LATENTS | TEXTS
 EVERY_RUN = SHARED | GENERATOR | ADMIN | REPORT
 
 SizeValue = Annotated[Size, InstanceOf()]
-_KINDS: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str", Size: "size"}
+SpanValue = Annotated[Span, InstanceOf()]
+_KINDS: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str", Size: "size", Span: "span"}
 
 
 @dataclass(frozen=True)
 class Option:
     """One option as read from its pydantic field.
 
-    kind: "bool", "int", "float", "str", "size" (a resolution) or "share" (a whole number, or a share of the whole).
+    kind: "bool", "int", "float", "str", "size" (a resolution), "span" (two numbers, low and
+    high) or "share" (a whole number, or a share of the whole).
     `later`: values that sd-scripts knows and this suite not yet. `zero_is_unset`: 0 and below stand for the default.
     `acts`: the runs in which the option has an effect; other runs may accept it because they share a TOML file.
     """
@@ -175,6 +178,8 @@ def _normalise_item(option: Option, value: Any) -> Any:
         return int(value)
     if option.kind == "size":
         return value if isinstance(value, Size) else parse_resolution(value)
+    if option.kind == "span":
+        return value if isinstance(value, Span) else parse_span(value)
     if option.kind == "share":
         return parse_share(value)
     if option.is_path and isinstance(value, (str, os.PathLike)):

@@ -54,9 +54,10 @@ def _disk_caches(cfg: RunConfig) -> Iterator[Implied]:
             yield Implied(name, True, because, f"{name} is on, as {name}_to_disk asks for it")
 
 
-def _eight_bit_adam(cfg: RunConfig) -> Iterator[Implied]:
-    if "optim" in cfg.groups and cfg.optim.use_8bit_adam and not cfg.is_given("optimizer_type"):
-        yield Implied("optimizer_type", "AdamW8bit", "implied by use_8bit_adam")
+def _older_optimizer_names(cfg: RunConfig) -> Iterator[Implied]:
+    for name, optimizer in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
+        if "optim" in cfg.groups and cfg.get(name) and not cfg.is_given("optimizer_type"):
+            yield Implied("optimizer_type", optimizer, f"implied by {name}")
 
 
 def _attention(cfg: RunConfig) -> Iterator[Implied]:
@@ -89,6 +90,16 @@ def _workers(cfg: RunConfig) -> Iterator[Implied]:
         yield Implied("max_data_loader_n_workers", cores, "the number of CPU cores", notice)
 
 
+def _no_clipping_when_fused(cfg: RunConfig) -> Iterator[Implied]:
+    if "precision" not in cfg.groups or cfg.is_given("max_grad_norm"):
+        return
+    for name in ("fused_backward_pass", "fused_optimizer_groups"):
+        if cfg.get(name):
+            notice = f"max_grad_norm is 0 (no clipping): {name} frees gradients before the norm of all is known"
+            yield Implied("max_grad_norm", 0.0, f"implied by {name}", notice)
+            return
+
+
 def _epoch_sampling(cfg: RunConfig) -> Iterator[Implied]:
     if "preview" in cfg.groups and cfg.preview.sample_every_n_epochs and cfg.preview.sample_every_n_steps:
         yield Implied(
@@ -111,10 +122,11 @@ def _checkpoint_pattern(cfg: RunConfig) -> Iterator[Implied]:
 _RULES: tuple[Callable[[RunConfig], Iterator[Implied]], ...] = (
     _cache_tools,
     _disk_caches,
-    _eight_bit_adam,
+    _older_optimizer_names,
     _attention,
     _resolutions,
     _workers,
+    _no_clipping_when_fused,
     _epoch_sampling,
     _checkpoint_pattern,
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from library.config.choices import ROOT
-from library.config.dataset_keys import DATASET_KEYS, LATER_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS
+from library.config.dataset_keys import DATASET_KEYS, SUBSET_KEYS, SUBSET_ONLY_KEYS
 from library.config.effective import option_toml
 from library.config.fields import Option, normalise
 from library.config.known_flags import COMMAND_LINE_ONLY, NO_EFFECT, known_flags
@@ -29,7 +29,14 @@ _LETTERS = {
     "dataset_report": "R",
     "sdxl_gen_img": "G",
 }
-_TYPES = {"int": "whole number", "float": "number", "str": "text", "size": "resolution", "share": "count or share"}
+_TYPES = {
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "size": "resolution",
+    "span": "low and high",
+    "share": "count or share",
+}
 
 
 def documents() -> dict[Path, str]:
@@ -138,7 +145,6 @@ def _dataset_section() -> Iterator[str]:
         "`resolutions = [512, 768, [1024, 640]]` may also be written as `resolution` with a list of lists; two bare "
         "numbers in `resolution` are width and height. The nearest place that has one of the two keys counts."
     )
-    yield from _paragraph(f"Not supported yet: {', '.join(f'`{key}`' for key in LATER_KEYS)}.")
 
 
 def _no_effect_section() -> Iterator[str]:

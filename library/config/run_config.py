@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
     from library.config.loop import LoopOptions
     from library.config.model import ModelOptions
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
+    from library.config.precision import FrozenOptions, PrecisionOptions
     from library.config.preview import PreviewOptions
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
@@ -41,8 +43,12 @@ class RunConfig:
     network: NetworkOptions
     finetune: FinetuneOptions
     loop: LoopOptions
+    precision: PrecisionOptions
+    frozen: FrozenOptions
     save: SaveOptions
     preview: PreviewOptions
+    validation: ValidationOptions
+    ema: EmaOptions
     generate: GenerateOptions
     admin: AdminOptions
     report: ReportOptions

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from library.config.admin import AdminOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
+from library.config.evaluation import EmaOptions, ValidationOptions
 from library.config.fields import Group, Option
 from library.config.finetune import FinetuneOptions
 from library.config.generate import GenerateOptions
@@ -14,6 +15,7 @@ from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
 from library.config.network import NetworkOptions
 from library.config.optim import OptimOptions
+from library.config.precision import FrozenOptions, PrecisionOptions
 from library.config.preview import PreviewOptions
 from library.config.report import ReportOptions
 from library.config.save import SaveOptions
@@ -51,10 +53,13 @@ _SHARED: dict[str, type[Group]] = {
     "diffusion": DiffusionOptions,
     "optim": OptimOptions,
     "loop": LoopOptions,
+    "precision": PrecisionOptions,
     "save": SaveOptions,
     "preview": PreviewOptions,
+    "validation": ValidationOptions,
+    "ema": EmaOptions,
 }
-_NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions}
+_NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions, "frozen": FrozenOptions}
 _FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}
 _TRAINING = {**_NETWORK, **_FULL}
 

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from library.config.rules import admin, data, diffusion, finetune, generate, model, network, optim, preview, save  # noqa: F401 (each registers its rules)
+from library.config.rules import (  # noqa: F401 (each registers its rules)
+    admin,
+    data,
+    diffusion,
+    evaluation,
+    finetune,
+    generate,
+    model,
+    network,
+    optim,
+    precision,
+    preview,
+    save,
+)
 from library.config.rules.rule import RULES
 from library.config.run_config import RunConfig
 from library.errors import Problem

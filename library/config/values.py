@@ -23,6 +23,7 @@ _TYPE_SENTENCES = {
     "str": "must be a text in quotes",
     "share": "must be a number",
     "size": "must be a resolution",
+    "span": "must be two numbers",
 }
 
 

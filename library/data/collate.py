@@ -127,7 +127,7 @@ class BatchBuilder(Dataset):
             sample = self._cached(key, crop, row, weight=record.weight)
             control_HW3 = read_control(record)
         else:
-            image_HW3, mask_HW, control_HW3 = pictures = read_pictures(record, image.placement)
+            image_HW3, mask_HW, control_HW3 = pictures = read_pictures(record, crop.resized)
             window_HW3 = apply_crop(image_HW3, crop, interpolation=filter_name)
             pixels = to_pixels(window_HW3 if colours is None else shift_colours(window_HW3, colours))
             mask = None if mask_HW is None else mask_cells(cut_mask(mask_HW, crop, interpolation=filter_name))[None]
@@ -159,16 +159,16 @@ class BatchBuilder(Dataset):
         if self.latents is None or not self.latents.is_filling or row.repeat:
             return ()
         record = image.record
-        decoded = {} if pictures is None else {decode_scale(record, image.placement): pictures}
+        decoded = {} if pictures is None else {decode_scale(record, image.placement.resized): pictures}
         waiting = {self.latents.number(other): other for other in self.table.rows_of(self._image_of(row))}
         waiting.pop(self.latents.number(row.image))
         beside = []
         for other in waiting.values():
             if self.latents.awaits(other):
                 placement = self.table.placement(other)
-                scale = decode_scale(record, placement)
+                scale = decode_scale(record, placement.resized)
                 if scale not in decoded:
-                    decoded[scale] = read_pictures(record, placement, with_control=False)
+                    decoded[scale] = read_pictures(record, placement.resized, with_control=False)
                 plain = cut_plain(decoded[scale], record, placement)
                 beside.append(Beside(other, plain.image, plain.mask))
         return tuple(beside)

@@ -18,6 +18,7 @@ from library.data.batching import Pool, epoch_plan
 from library.data.buckets import enlargement
 from library.data.captions import has_one_wording
 from library.data.epochs import EpochPools
+from library.data.face_crop import face_of
 from library.data.fit_report import HEAVY_CROP
 from library.data.looking import Look, identical_files, look_at
 from library.data.near_duplicates import groups_alike
@@ -283,7 +284,7 @@ def _caption_and_fit(image: ImageFacts, settings: InspectionSettings) -> Iterato
         yield Problem(
             "too_small", path, f"{image.record.size} is enlarged {image.upscale:.2f} times to fill {image.bucket}"
         )
-    if image.cropped_share > HEAVY_CROP:
+    if image.cropped_share > HEAVY_CROP and face_of(image.record) is None:  # a face is cut out on purpose
         yield Problem(
             "cropped", path, f"{image.cropped_share:.0%} of {image.crop.resized} is cut away for {image.bucket}"
         )

@@ -227,10 +227,10 @@ class NpzLatents:
         scales = np.ones(len(images), dtype=np.int64)
         resized = np.array([placement.resized for placement in self._table.placements], dtype=np.int64).reshape(-1, 2)
         rows = self._targets.first
-        shrinks = (self._table.sizes[images] >= 2 * resized[self._table.placement_of[rows]]).all(axis=1)
+        shrinks = (self._table.sizes[images] > 2 * resized[self._table.placement_of[rows]]).all(axis=1)
         for number in np.flatnonzero(shrinks).tolist():
             image = self._image(number)
-            scales[number] = decode_scale(image.record, image.placement)
+            scales[number] = decode_scale(image.record, image.placement.resized)
         return scales
 
     def _mask_ids(self, images: np.ndarray) -> np.ndarray:
@@ -306,7 +306,7 @@ def made_from(image: PlacedImage, *, vae_id: str, stamp: ImageStamp, mask_stamp:
         vae_id=vae_id,
         interpolation=image.record.subset.resize_interpolation,
         mask=stamp if mask_source(image) == "alpha" else mask_stamp,
-        decode_scale=decode_scale(image.record, image.placement),
+        decode_scale=decode_scale(image.record, image.placement.resized),
     )
 
 

@@ -82,10 +82,10 @@ def build_latents(
     `encode` is called once, and only when something must be encoded. Latents are a sample of the VAE's posterior
     whose noise is derived from the record's key, so they depend neither on batch nor on rank. An image that cannot be
     decoded or has no finite latents is in the report's `failed` and absent from the store. With `to_disk` each entry
-    is written as soon as its batch is done, so an interrupted pass goes on where it stopped. No subset may crop at
-    random.
+    is written as soon as its batch is done, so an interrupted pass goes on where it stopped. No subset may give
+    an image several looks.
     """
-    assert not any(subset.random_crop or subset.color_aug for subset in table.subsets), "a cached image has one look"
+    assert not any(subset.has_many_looks for subset in table.subsets), "a cached image has one look"
     work = LatentPass(table, options)
     checks = work.backend.look(rank=rank, world=world)
     missing = [number for number, check in enumerate(checks) if not usable(check)]
@@ -310,7 +310,7 @@ def _decode_unless_there(work: LatentPass, number: int) -> Pictures | Skipped | 
 def _decode(image: PlacedImage) -> Pictures | Skipped:
     record, placement = image.record, image.placement
     try:
-        return cut_plain(read_pictures(record, placement, with_control=False), record, placement)
+        return cut_plain(read_pictures(record, placement.resized, with_control=False), record, placement)
     except READ_ERRORS as error:
         return Skipped.because_of(record.path, error)
 

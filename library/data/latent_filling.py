@@ -61,7 +61,7 @@ class LatentFiller:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        assert not any(subset.random_crop for subset in table.subsets), "a cached image has one crop"
+        assert not any(subset.has_many_looks for subset in table.subsets), "a cached image has one look"
         self._work, self._encode, self._done = LatentPass(table, options), encode, done
         self._rank, self._world = rank, world
         checks = self._work.backend.look(rank=rank, world=world)

@@ -14,6 +14,7 @@ import numpy as np
 from library.config.dataset_file import DatasetSpec, SubsetSpec
 from library.data.assemble import policies_of
 from library.data.epochs import row_shares
+from library.data.face_crop import face_in_name
 from library.data.fit_report import FitSummary, summarise_fits
 from library.data.records import ScanReport, Skipped
 from library.data.table import ImageTable
@@ -56,6 +57,7 @@ class DataSummary:
     of training images, and regularisation images times the repeats that their folder asks for.
     `masked` images have a loss mask, `held_out` ones are for validation; `splits` says that a share of them was asked
     for. `tokens` is there when captions were counted. `fits` has one item per data set and resolution.
+    `faceless` images are cropped as usual although their subset follows faces: their names tell of none.
     `is_expectation`: visits choose between resolutions, so `buckets` holds what an epoch has on average, rounded.
     """
 
@@ -70,6 +72,7 @@ class DataSummary:
     num_reg_images: int
     unused_reg: int
     masked: int = 0
+    faceless: int = 0
     held_out: int = 0
     splits: bool = False
     tokens: TokenSummary | None = None
@@ -87,6 +90,8 @@ class DataSummary:
             lines.append(f"{self.held_out} images held out for validation{too_few}")
         if self.masked:
             lines.append(f"{self.masked} images have a loss mask")
+        if self.faceless:
+            lines.append(self.faceless_line())
         about = "on average, " if self.is_expectation else ""
         lines += [
             f"bucket {i}: resolution {tuple(size)}, {about}count: {count}"
@@ -105,6 +110,10 @@ class DataSummary:
         if self.skipped:
             lines.append(skipped_text(self.skipped))
         return "\n".join(lines)
+
+    def faceless_line(self) -> str:
+        """A sentence for the images whose names tell of no face."""
+        return f"{self.faceless} images have no face in their names (_cx_cy_w_h): face_crop_aug_range leaves them alone"
 
 
 def skipped_text(skipped: Sequence[Skipped]) -> str:
@@ -148,6 +157,7 @@ def summarise(
         held_out=table.num_held_out,
         splits=any(spec.validation_split for spec in specs),
         masked=sum(len(group.used) for group in _groups(specs, table) if group.subset.has_masks),
+        faceless=_num_faceless(table),
         unused_reg=int((table.is_live & table.is_reg & (table.repeats == 0)).sum()),
         tokens=tokens,
         fits=tuple(_fits(specs, table)),
@@ -164,6 +174,12 @@ def _fits(specs: Sequence[DatasetSpec], table: ImageTable) -> Iterator[FitSummar
             title += [f"at {policy.resolution}"] if spec.other_resolutions else []
             here = (table.dataset_of[rows] == index) & (table.resolution_of[rows] == resolution)
             yield summarise_fits(table, rows[here], policy, title=" ".join(title))
+
+
+def _num_faceless(table: ImageTable) -> int:
+    follows = np.array([subset.face_crop_aug_range is not None for subset in table.subsets], dtype=bool)
+    images = table.images[follows[table.subset_of[table.images]]].tolist()
+    return sum(face_in_name(table.paths.text(image), Size(*table.sizes[image].tolist())) is None for image in images)
 
 
 def _num_train_images(table: ImageTable, images: np.ndarray) -> int:

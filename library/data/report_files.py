@@ -37,6 +37,8 @@ def _subsets(inspection: Inspection) -> Iterator[str]:
         yield f"  {summary.held_out} images are held out for validation and not shown"
     if summary.masked:
         yield f"  {summary.masked} images have a loss mask"
+    if summary.faceless:
+        yield f"  {summary.faceless_line()}"
     if summary.unused_reg:
         yield f"  {summary.unused_reg} regularisation images are not used: there are fewer training images"
 

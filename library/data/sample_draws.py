@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from library.data.captions import caption_variant, is_dropped, process_caption
 from library.data.colours import ColourShift, draw_colours
+from library.data.face_crop import draw_window, face_of
 from library.data.records import PlacedImage
 from library.data.transforms import crop_info
 from library.diffusion.crops import CropInfo
@@ -70,6 +71,24 @@ def draw_sample(
         is_empty = is_dropped(subset, rng=rng("caption"), epoch=visit.epoch + 1)
         caption = "" if is_empty else caption_variant(record.caption, subset, key=record.key, number=variant)
     flipped = subset.flip_aug and rng("flip").random() < 0.5
-    crop_rng = rng("crop") if subset.random_crop and not is_cached else None
-    crop = crop_info(record.size, image.placement, flipped=flipped, rng=crop_rng)
+    crop = _draw_crop(image, flipped=flipped, rng=None if is_cached else rng("crop"))
     return SampleDraw(caption, crop, variant, draw_colours(rng("colours")) if subset.color_aug else None)
+
+
+def _draw_crop(image: PlacedImage, *, flipped: bool, rng: random.Random | None) -> CropInfo:
+    """The window by the rules of the image's subset; without `rng` the central one."""
+    record, subset, target = image.record, image.record.subset, image.placement.bucket
+    face = face_of(record)
+    if rng is None or face is None or subset.face_crop_aug_range is None:
+        return crop_info(record.size, image.placement, flipped=flipped, rng=rng if subset.random_crop else None)
+    window = draw_window(
+        face, record.size, target, span=subset.face_crop_aug_range, is_random=subset.random_crop, rng=rng
+    )
+    return CropInfo(
+        original=record.size,
+        top=window.top,
+        left=window.left,
+        target=target,
+        resized=window.resized,
+        flipped=flipped,
+    )

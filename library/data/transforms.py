@@ -92,16 +92,16 @@ def _cut(resized: np.ndarray, crop: CropInfo) -> np.ndarray:
     return np.ascontiguousarray(window)
 
 
-def read_record(record: ImageRecord, placement: Placement | None = None) -> np.ndarray:
-    """The decoded image, uint8 (H, W, 3); with `placement` scaled down as `decode_scale` says.
+def read_record(record: ImageRecord, resized: Size | None = None) -> np.ndarray:
+    """The decoded image, uint8 (H, W, 3); for an image that will be `resized` scaled down as `decode_scale` says.
 
     Raises UserError when it is unreadable or no longer of the scanned size.
     """
-    return _read(record, placement).pixels
+    return _read(record, resized).pixels
 
 
-def _read(record: ImageRecord, placement: Placement | None, *, with_alpha: bool = False) -> Picture:
-    scale = 1 if placement is None else decode_scale(record, placement)
+def _read(record: ImageRecord, resized: Size | None, *, with_alpha: bool = False) -> Picture:
+    scale = 1 if resized is None else decode_scale(record, resized)
     image = read_picture(record.path, scale=scale, with_alpha=with_alpha)
     if image.size != record.size:
         what = f"the image is now {image.size}; it was {record.size} when the run started"
@@ -120,13 +120,13 @@ class Pictures(NamedTuple):
     control: np.ndarray | None = None
 
 
-def read_pictures(record: ImageRecord, placement: Placement | None = None, *, with_control: bool = True) -> Pictures:
+def read_pictures(record: ImageRecord, resized: Size | None = None, *, with_control: bool = True) -> Pictures:
     """Decode what belongs to a record. Raises UserError as `read_record` does, and when a companion does not fit."""
     control = read_control(record) if with_control else None
     if record.mask is not None:
         mask = _fitting(record.mask, read_mask(record.mask), record.size)
-        return Pictures(read_record(record, placement), mask, control)
-    image = _read(record, placement, with_alpha=record.subset.alpha_mask)
+        return Pictures(read_record(record, resized), mask, control)
+    image = _read(record, resized, with_alpha=record.subset.alpha_mask)
     return Pictures(image.pixels, image.alpha, control)
 
 
@@ -158,23 +158,26 @@ def _size_of(image: np.ndarray) -> Size:
     return Size(image.shape[1], image.shape[0])
 
 
-def decode_scale(record: ImageRecord, placement: Placement) -> int:
-    """By how much the sides of a JPEG are divided while it is decoded: 1, 2, 4 or 8.
+def decode_scale(record: ImageRecord, resized: Size) -> int:
+    """By how much the sides of a JPEG that will be `resized` are divided while it is decoded: 1, 2, 4 or 8.
 
-    The largest that leaves at least two decoded pixels for one of the resized image, so the area filter still does the
-    last half of the work: on noisy photos the result is then within one level (of 255, in the mean) of that of the
-    whole image, and no further from a Lanczos reduction; with fewer pixels the difference doubles. Sides that cannot be
-    divided are rounded; no pixel may move by more than an eighth for it. Other filters take samples of the whole image.
-    The file must be a JPEG by its name; one that only has such a name comes whole. Cached and uncached training decode
-    alike.
+    By 2 whenever both sides shrink by more than 2. By 4 or 8 when that leaves at least two decoded pixels for one of
+    the resized image, so that the area filter still does the last half of the work, and when no pixel moves by more
+    than an eighth because a side that cannot be divided is rounded. (At 1/2 an odd side moves the far edge by up to
+    half a pixel.) What that changes, in levels of 255 against the same resize of the whole image, and what it saves, is
+    measured by benchmarks/scaled_decode.py; docs/differences.md has the figures. Other filters take samples of the
+    whole image. The file must be a JPEG by its name; one that only has such a name comes whole. Cached and uncached
+    training decode alike.
     """
     is_jpeg = record.path.lower().endswith((".jpg", ".jpeg"))
     if not is_jpeg or record.subset.resize_interpolation not in (None, "area"):
         return 1
-    sides = list(zip(record.size, placement.resized, strict=True))
+    sides = list(zip(record.size, resized, strict=True))
 
     def suits(scale: int) -> bool:
-        moved = [abs(scaled_side(side, scale) * scale - side) * resized / side for side, resized in sides]
-        return max(moved) <= _MOST_MOVED and all(2 * scale * resized <= side for side, resized in sides)
+        if scale == 2:
+            return all(side > 2 * target for side, target in sides)
+        moved = [abs(scaled_side(side, scale) * scale - side) * target / side for side, target in sides]
+        return max(moved) <= _MOST_MOVED and all(side >= 2 * scale * target for side, target in sides)
 
     return max(scale for scale in JPEG_SCALES if scale == 1 or suits(scale))

@@ -22,7 +22,8 @@ def hold_out(table: ImageTable, specs: Sequence[DatasetSpec], *, seed: int, repo
     on their order, so that most stay on their side when others come or go. The share is rounded half up, and at least
     one file of a data set stays.
 
-    What is held out is visited once per epoch, as it is: not mirrored, cropped in the centre, captions neither
+    What is held out is visited once per epoch, as it is: not mirrored, cropped in the centre (also where a
+    face could be followed), captions neither
     shuffled nor dropped.
     """
     datasets, is_reg = table.image_datasets, table.is_reg
@@ -62,6 +63,7 @@ def as_it_is(subset: SubsetSpec) -> SubsetSpec:
         num_repeats=1,
         flip_aug=False,
         random_crop=False,
+        face_crop_aug_range=None,
         shuffle_caption=False,
         caption_dropout_rate=0.0,
         caption_dropout_every_n_epochs=0,

@@ -49,8 +49,9 @@ def run(cfg: RunConfig) -> int:
 def _kinds(table: ImageTable) -> list[Kind]:
     """What can be cached of this data set."""
     kinds: list[Kind] = []
-    if any(subset.random_crop for subset in table.subsets):
-        print("latents are left out: random_crop cannot be cached")
+    names = ("random_crop", "face_crop_aug_range")
+    if found := [name for name in names if any(getattr(subset, name) for subset in table.subsets)]:
+        print(f"latents are left out: {' and '.join(found)} cannot be cached")
     else:
         kinds.append("latents")
     if all(map(has_one_wording, table.subsets)):

@@ -11,21 +11,22 @@ import torch
 from library.errors import UserError
 from library.log import get_logger
 from library.models import memory
-from library.plugins import load_plugin
 from library.training import early
 from library.training.broken_steps import BrokenSteps, image_name
+from library.training.build_update import build_update
 from library.training.draws import Draws
+from library.training.ema_hook import make_ema
 from library.training.hook_list import hooks as make_hooks
 from library.training.hooks import View
 from library.training.metrics import Meters
+from library.training.objective import Objective
 from library.training.plan import end_text, plan_text, schedule
-from library.training.precision import weight_dtype
+from library.training.precision import cast_trained, precision_text, store_frozen, trained_dtype
 from library.training.run import Parts, Run
 from library.training.state import Progress, RunFacts, TrainingState, data_identity
 from library.training.step import TrainStep
 from library.training.trainable import ParamGroup
 from library.training.trainer import Trainer
-from library.training.update import GuardedUpdate
 
 log = get_logger(__name__)
 
@@ -43,11 +44,21 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
     run.data.set_length(length.total_steps)
     optimizer = early.optimizer(cfg, groups)
     scheduler = early.scheduler(cfg, optimizer, total_steps=length.total_steps)
-    update = GuardedUpdate(optimizer, cfg.optim.max_grad_norm, accelerator.scaler)
     view = View(Progress(), length.total_steps, length.num_epochs, _meters(run, length.total_steps))
+    update = build_update(
+        cfg,
+        early.optimizer,
+        optimizer,
+        scaler=accelerator.scaler,
+        run_seed=run.seed,
+        global_step=lambda: view.progress.global_step,
+    )
+    ema = make_ema(cfg, trained)
     state = _state(run, trained, optimizer, scheduler, view)
-    draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
-    parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state)
+    if ema is not None:
+        state.others["ema"] = ema
+    draws = Draws.of(cfg, run.seed)
+    parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state, ema)
     announce = partial(_say_plan, run, parts)
     trainer = Trainer(
         accelerator, step, run.trainable, run.data, draws, update, scheduler, view, make_hooks(run, parts), announce
@@ -58,6 +69,7 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
 def _attach(run: Run) -> tuple[torch.nn.Module, list[ParamGroup]]:
     """The module that owns the trained parameters, in the frozen base, and the optimizer's groups."""
     memory.freeze(run.bundle)
+    store_frozen(run.cfg, run.bundle, with_text=not run.text_cached)
     # Initial adapter weights come from the global generator: seed it, so that ranks and repeated runs agree.
     torch.manual_seed(run.seed)
     trained = run.trainable.attach(run.bundle)
@@ -70,20 +82,13 @@ def _attach(run: Run) -> tuple[torch.nn.Module, list[ParamGroup]]:
             where="--learning_rate and the rates of the parts",
             fix="give the parts that should train a rate above 0",
         )
+    cast_trained(trained.parameters(), trained_dtype(run.cfg))
     return trained, groups
 
 
 def _step(run: Run, trained: torch.nn.Module) -> TrainStep:
-    loss = load_plugin("library.diffusion.losses", run.cfg.diffusion.loss_type)
-    step = TrainStep(
-        run.bundle,
-        run.trainable,
-        trained,
-        elementwise_loss=loss.elementwise,
-        with_text=not run.text_cached,
-        mask_by_area=run.cfg.data.masked_loss_normalize == "area",
-    )
-    return step.train()
+    objective = Objective.of(run.cfg)
+    return TrainStep(run.bundle, run.trainable, trained, objective=objective, with_text=not run.text_cached).train()
 
 
 def _meters(run: Run, total_steps: int) -> Meters:
@@ -114,11 +119,8 @@ def _say_plan(run: Run, parts: Parts, seconds_per_step: float | None) -> None:
         f"{'/'.join(map(str, sizes))} x {cfg.loop.gradient_accumulation_steps} accumulated x "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-    frozen = str(weight_dtype(cfg.loop.mixed_precision)).removeprefix("torch.")
-    precision = f"mixed precision {cfg.loop.mixed_precision}, frozen weights {frozen}"
+    precision = precision_text(cfg)
     end = end_text(seconds_per_step, length.total_steps - parts.view.progress.global_step, now=datetime.now())
     summary = run.data.summary()
     log.info(summary.text())
-    if summary.held_out:
-        log.info("the images held out for validation are not trained on; no validation loss is computed yet")
     log.info(plan_text(summary, parts.optimizer.param_groups, length, batch=batch, precision=precision, end=end))

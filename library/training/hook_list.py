@@ -16,13 +16,18 @@ from library.config.effective import config_lines
 from library.errors import UserError
 from library.io.atomic import write_text
 from library.training import metadata as meta
-from library.training import naming
+from library.training import naming, prediction
+from library.training.contact_sheet import ContactSheet
+from library.training.ema import Ema
+from library.training.ema_hook import EmaHook, model_writer
+from library.training.evaluation import evaluation
 from library.training.hooks import Hook, Paused
 from library.training.log_hooks import DrainHook, LogHook
 from library.training.metrics import RunLog
+from library.training.optim import evaluated
 from library.training.precision import save_dtype
 from library.training.prepare import text_form
-from library.training.preview import PreviewHook
+from library.training.preview import PreviewHook, with_fixed_seeds
 from library.training.requests import RequestFiles
 from library.training.run import Parts, Run
 from library.training.save_hook import SaveHook
@@ -32,6 +37,8 @@ from library.training.state import read_description
 from library.training.stop_hooks import NonFiniteHook, StopHook
 from library.training.trackers import open_trackers
 from library.training.trainable import ExportsNetwork
+from library.training.validation import Validation
+from library.training.validation_hook import ValidationHook
 from library.training.writing import CheckpointWriter, ModelWriter, checkpoint_format
 
 if TYPE_CHECKING:
@@ -46,6 +53,10 @@ def hooks(run: Run, parts: Parts) -> list[Hook]:
     meters: LogHook | DrainHook
     meters = _log(run.cfg) if run.accelerator.is_main_process else DrainHook(every)
     found = [_stop(run), meters, NonFiniteHook(run.cfg.loop.max_nonfinite_steps), _save(run, parts, meters)]
+    if run.data.validation is not None:
+        found.insert(-1, _validation(run, parts, meters))  # before saving, so that the log is complete at every save
+    if parts.ema is not None:
+        found.insert(0, _ema(parts, parts.ema))
     if run.previews:
         found.append(Paused(_preview(run, parts)))
     return found
@@ -61,13 +72,31 @@ def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
     cfg, accelerator = run.cfg, run.accelerator
     writer = _writer(run, parts)
     is_folder = isinstance(writer, CheckpointWriter) and writer.save_as == "diffusers"
+    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, "" if is_folder else ".safetensors")
+    save_model = model_writer(writer, parts.ema, names, cfg.ema.save_ema)
     return SaveHook(
-        naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, "" if is_folder else ".safetensors"),
+        names,
         save_settings(run, parts),
-        save_model=partial(_on_main, accelerator, writer),
+        save_model=partial(_on_main, accelerator, evaluated(parts.optimizer, save_model)),
         save_state=partial(_on_main, accelerator, parts.state.save),
         flush=meters.flush,
         is_main=accelerator.is_main_process,
+    )
+
+
+def _ema(parts: Parts, ema: Ema) -> EmaHook:
+    hook = EmaHook(ema, lambda: parts.update.skipped)
+    hook.watch(parts.step)
+    return hook
+
+
+def _validation(run: Run, parts: Parts, meters: LogHook | DrainHook) -> ValidationHook:
+    cfg = run.cfg.validation
+    return ValidationHook(
+        Validation.of(run, parts),
+        cfg,
+        scope=partial(evaluation, run, parts, averaged=cfg.validate_with_ema),
+        note=meters.note,
     )
 
 
@@ -81,18 +110,24 @@ def _writer(run: Run, parts: Parts) -> ModelWriter | CheckpointWriter:
 
 
 def _preview(run: Run, parts: Parts) -> PreviewHook:
-    cfg, accelerator = run.cfg, run.accelerator
+    cfg, accelerator, requests = run.cfg, run.accelerator, run.previews or []
+    folder, sheet = Path(cfg.save.output_dir) / "sample", None
+    if cfg.preview.sample_grid:
+        requests = with_fixed_seeds(requests, run.seed)
+        prefix = f"{cfg.save.output_name}_" if cfg.save.output_name else ""
+        sheet = ContactSheet(folder, prefix, [request.prompt for request in requests])
     return PreviewHook(
         run.bundle,
-        parts.trained,
-        run.previews,
+        requests,
         run.preview_conditioning,
         cfg.preview,
-        Path(cfg.save.output_dir) / "sample",
+        folder,
         cfg.save.output_name,
         accelerator.device,
         text_form(cfg),
-        accelerator.wait_for_everyone,
+        scope=partial(evaluation, run, parts, averaged=cfg.preview.sample_with_ema),
+        wait=accelerator.wait_for_everyone,
+        sheet=sheet,
         enabled=accelerator.is_main_process,
     )
 
@@ -133,7 +168,7 @@ def _metadata(run: Run, parts: Parts, own: dict[str, str]) -> dict[str, str]:
         max_train_steps=parts.length.total_steps,
     )
     return meta.network_metadata(
-        cfg.flat(),
+        prediction.effective(cfg.flat(), run.bundle),
         description,
         data.ss_metadata(user_config=bool(cfg.data.dataset_config)),
         own,

@@ -12,6 +12,8 @@ from library.errors import UserError
 from library.log import get_logger
 from library.training import early
 from library.training.assemble import assemble
+from library.training.optim import check_resumed, noted_classes
+from library.training.precision import fp16_gradient_scaler
 from library.training.prepare import prepare
 from library.training.state import Progress, TrainingState
 from library.training.trainable import Trainable
@@ -60,7 +62,10 @@ def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=trainable.may_skip_modules, broadcast_buffers=False, gradient_as_bucket_view=True
     )
-    return Accelerator(mixed_precision=cfg.loop.mixed_precision, cpu=on_cpu, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision=cfg.loop.mixed_precision, cpu=on_cpu, kwargs_handlers=[ddp])
+    if cfg.precision.full_fp16:
+        accelerator.scaler = fp16_gradient_scaler()
+    return accelerator
 
 
 def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
@@ -70,7 +75,9 @@ def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer
         return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
 
     asked = rates()
+    built = noted_classes(optimizer)
     sentences = state.load(folder)
+    check_resumed(optimizer, built, where=f"--resume {folder}")
     if rates() != asked:
         sentences.append(
             f"the learning rates are the state's {rates()}, not {asked} of this run; to change them, start from its "

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 
 from library.data.dataset import TrainData
 from library.training.draws import Draws
+from library.training.ema import Ema
 from library.training.hooks import View
 from library.training.plan import Schedule
 from library.training.state import TrainingState
 from library.training.trainable import Trainable
-from library.training.update import GuardedUpdate
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -45,7 +46,7 @@ class Parts:
     """What a run trains and steps, put together for its hooks.
 
     trained: the module that owns the trained parameters. step: the wrapped `TrainStep`.
-    length: how many steps and epochs. state: all that is saved for --resume.
+    length: how many steps and epochs. state: all that is saved for --resume. ema: the average of the trained weights.
     """
 
     trained: torch.nn.Module
@@ -53,7 +54,8 @@ class Parts:
     draws: Draws
     optimizer: Any
     scheduler: Any
-    update: GuardedUpdate
+    update: Update
     length: Schedule
     view: View
     state: TrainingState
+    ema: Ema | None = None

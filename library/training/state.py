@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -33,6 +33,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
         """Take over what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A Stateful that a run can go on without: what it holds can begin anew."""
+
+    def start_anew(self) -> str:
+        """Begin anew with what else was loaded, and say so in a sentence."""
         ...
 
 
@@ -128,8 +137,13 @@ class TrainingState:
         for name, owner in self.others.items():
             part = folder / f"{name}.pt"
             if not part.exists():
+                if isinstance(owner, Renewable):
+                    sentences.append(owner.start_anew())
+                    continue
                 raise UserError(f"{part.name} is missing", where=f"--resume {folder}", fix="resume from another state")
             _load_into(owner, torch.load(part, map_location="cpu", weights_only=True), where=str(part))
+        if (folder / "ema.pt").exists() and "ema" not in self.others:
+            sentences.append("the average of the weights in the state is left behind, without --use_ema")
         vars(self.progress).update(description["progress"])
         return sentences + self._check_facts(RunFacts(**description["facts"]))
 

@@ -15,9 +15,10 @@ from library.seeds import derive_seed
 from library.training.draws import Draws
 from library.training.hooks import Event, Hook, View
 from library.training.metering import StepTally
+from library.training.optim import effective_rates
 from library.training.state import Progress
 from library.training.trainable import Trainable
-from library.training.update import GuardedUpdate
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +40,7 @@ class Trainer:
     trainable: Trainable
     data: TrainData
     draws: Draws
-    update: GuardedUpdate
+    update: Update
     scheduler: Any
     view: View
     hooks: Sequence[Hook]
@@ -79,7 +80,8 @@ class Trainer:
             self._seed_dropout(0)
             batch = group.micro_batches[0]
             out = self.step(batch.to(self.accelerator.device), self._draw(batch).to(self.accelerator.device))
-            self.accelerator.backward(out.loss)
+            with self.update.discarding():
+                self.accelerator.backward(out.loss)
             out.loss.item()
             elapsed = torch.tensor(time.perf_counter() - begin, device=self.accelerator.device)
             # Agreed on, because all ranks must make the same number of passes.
@@ -109,20 +111,22 @@ class Trainer:
                 self.accelerator.backward(out.loss * (share * world + 0.0 * out.loss.detach()))
             tally.add(batch, draw.t_B, out, share=share)
         norm = self.update()
-        rates = self.scheduler.get_last_lr()
+        rates, groups = self.scheduler.get_last_lr(), self.update.optimizer.param_groups
+        lr = {f"lr/{group['name']}": rate for group, rate in zip(groups, rates, strict=True)} | effective_rates(groups)
         self.scheduler.step()
         tally.sums = self._over_ranks(tally.sums)
         scalars = tally.scalars(norm, self.update.skipped) | dict(self.trainable.after_step())
         progress.advance(group.samples)
         facts = {"step": progress.global_step, "epoch": progress.epoch + 1}
-        names = [group["name"] for group in self.update.optimizer.param_groups]
-        self.view.meters.update({**facts, **{f"lr/{n}": r for n, r in zip(names, rates, strict=True)}}, scalars, tally)
+        self.view.meters.update({**facts, **lr}, scalars, tally)
         self._fire(Event.STEP)
 
     def _draw(self, batch: Batch):
         cached = batch.latents_B4hw is not None
         shape = (self.latent_channels, batch.bucket.h // 8, batch.bucket.w // 8)
-        return self.draws.make(batch.keys, self.view.progress.epoch, latent_shape=shape, posterior=not cached)
+        return self.draws.make(
+            batch.keys, self.view.progress.epoch, latent_shape=shape, posterior=not cached, places=batch.places
+        )
 
     def _seed_dropout(self, micro: int) -> None:
         """Module dropout has no per-sample generator, so it is reseeded for every micro-batch of every rank."""
@@ -131,7 +135,7 @@ class Trainer:
 
     def _no_sync_unless_last(self, index: int, group: StepGroup) -> contextlib.AbstractContextManager:
         if index == len(group.micro_batches) - 1:
-            return contextlib.nullcontext()
+            return self.update.last_backward()
         return self.accelerator.no_sync(self.step)
 
     def _over_ranks(self, value: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from library.config.effective import config_lines, write_config
 from library.config.fields import Option
 from library.config.run_config import SECRETS
 from library.config.runs import RUNS
+from library.config.spans import Span
 from library.config.values import Given, build_config
 from library.errors import UserError
 from library.sizes import Size
@@ -88,6 +89,9 @@ def test_lists_stand_behind_one_flag(run_toml, toml_text):
         ('optimizer_type = "AdaFactor"', "optimizer_type", "Adafactor"),
         ('optimizer_type = "adamw8BIT"', "optimizer_type", "AdamW8bit"),
         ('optimizer_type = "SGD"', "optimizer_type", "torch.optim.SGD"),
+        ('optimizer_type = "pagedadamw8bit"', "optimizer_type", "PagedAdamW8bit"),
+        ('lr_scheduler_type = "StepLR"', "lr_scheduler_type", "torch.optim.lr_scheduler.StepLR"),
+        ('lr_scheduler_type = "my_package.Schedule"', "lr_scheduler_type", "my_package.Schedule"),
         ('optimizer_type = "pytorch_optimizer.CAME"', "optimizer_type", "pytorch_optimizer.CAME"),
         ('caption_extention = "txt"', "caption_extension", ".txt"),
         ('train_data_dir = "~/images"', "train_data_dir", str(Path("~/images").expanduser())),
@@ -133,6 +137,7 @@ def _strategy(option: Option) -> st.SearchStrategy:
         "int": st.integers(1, 1000),
         "float": st.floats(0, 1, exclude_max=True),
         "size": st.builds(Size, st.integers(1, 4096), st.integers(1, 4096)),
+        "span": st.builds(lambda low, more: Span(low, low + more), st.floats(0.1, 9), st.floats(0, 9)),
         "share": st.one_of(st.integers(0, 1000), st.floats(0, 1)),
         "str": st.sampled_from(option.choices) if option.choices else text,
     }

@@ -313,3 +313,20 @@ def test_files_with_moments_stay_when_the_packed_cache_has_none(folder, admin, t
         build_latents(assemble([dataset(subset(folder))])[0], Counting(encode), options=options)
     _, lines = admin("pack", "--remove")
     assert f"latents: written 0, there already {NUM}, removed 0, failed 0" in lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--random_crop"], "random_crop"),
+        (["--face_crop_aug_range", "2,4", "--no_enable_bucket"], "face_crop_aug_range"),
+        (
+            ["--random_crop", "--face_crop_aug_range", "2,4", "--no_enable_bucket"],
+            "random_crop and face_crop_aug_range",
+        ),
+    ],
+)
+def test_latents_that_no_run_caches_are_left_out(admin, flags, names):
+    code, lines = admin("status", *flags)
+    assert code == 0 and f"latents are left out: {names} cannot be cached" in lines
+    assert not any(line.startswith("latents  ") for line in lines)

@@ -102,7 +102,7 @@ def test_a_jpeg_that_shrinks_is_decoded_as_each_resolution_wants_it(tmp_path, mo
     for name in ("one", "two"):
         folder = tmp_path / name / "pictures"
         folder.mkdir(parents=True)
-        noise = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (560, 720, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / "a.jpg", quality=95)
         (folder / "a.txt").write_text("x")
         specs.append(specs_of(folder))

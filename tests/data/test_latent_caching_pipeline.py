@@ -13,7 +13,6 @@ from PIL import Image
 from library.data import latent_backends, latent_caching, transforms
 from library.data.assemble import assemble
 from library.data.background import num_helpers
-from library.data.buckets import Placement
 from library.data.dataset import build_train_data
 from library.data.latent_caching import LatentCacheOptions, build_latents
 from library.data.records import ImageRecord
@@ -105,20 +104,39 @@ def record(name, size, *, interpolation=None):
 
 
 @given(st.integers(32, 9000), st.integers(32, 9000), st.integers(32, 1100), st.integers(32, 1100))
-def test_at_least_two_decoded_pixels_remain_for_one_and_no_more_than_needed_are_decoded(w, h, rw, rh):
-    placement = Placement(Size(rw, rh), Size(rw, rh), 0.0)
-    scale = decode_scale(record("a.JPG", Size(w, h)), placement)
+def test_a_decode_is_smaller_when_both_sides_shrink_by_more_than_two_and_leaves_enough_pixels(w, h, rw, rh):
+    scale = decode_scale(record("a.JPG", Size(w, h)), Size(rw, rh))
     assert scale in (1, 2, 4, 8)
     shrink = min(w / rw, h / rh)
-    assert scale == 1 or shrink / scale >= 2
-    assert scale == 8 or shrink < 4 * scale or (w % (2 * scale) or h % (2 * scale))
+    assert (scale > 1) == (shrink > 2)
+    assert scale < 4 or shrink / scale >= 2
+    assert scale in (1, 8) or shrink < 4 * scale or (w % (2 * scale) or h % (2 * scale))
     for side, resized in ((w, rw), (h, rh)):
+        assert scaled_side(side, scale) >= resized or scale == 1
         # How far the last pixel of the resized image is from where the whole image would have had it.
-        assert abs(scaled_side(side, scale) * scale / side - 1) * resized <= 0.125
+        assert abs(scaled_side(side, scale) * scale / side - 1) * resized <= (0.5 if scale == 2 else 0.125)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "scale"),
+    [
+        ((2048, 2048), (1024, 1024), 1),  # as far as 2, not beyond it
+        ((2049, 2049), (1024, 1024), 2),
+        ((4000, 2048), (1024, 1024), 1),  # both sides
+        ((2150, 2150), (1024, 1024), 2),
+        ((4088, 4088), (1024, 1024), 2),
+        ((4096, 4096), (1024, 1024), 2),  # at 1/4 one decoded pixel would be left for one
+        ((8192, 8192), (1024, 1024), 4),
+        ((8194, 8194), (1024, 1024), 2),  # at 1/4 the far edge would move by a quarter of a pixel
+        ((16384, 16384), (1024, 1024), 8),
+    ],
+)
+def test_the_scale_of_a_decode(size, resized, scale):
+    assert decode_scale(record("a.jpg", Size(*size)), Size(*resized)) == scale
 
 
 def test_only_jpegs_under_the_area_filter_are_decoded_smaller():
-    small = Placement(Size(64, 64), Size(64, 64), 0.0)
+    small = Size(64, 64)
     size = Size(512, 512)
     assert decode_scale(record("a.jpg", size), small) == decode_scale(
         record("a.jpeg", size, interpolation="area"), small
@@ -131,12 +149,11 @@ def test_only_jpegs_under_the_area_filter_are_decoded_smaller():
 @pytest.mark.parametrize(("width", "height"), [(1024, 768), (2005, 1203), (1999, 2003)])
 def test_a_scaled_decode_is_near_the_whole_one(tmp_path, width, height):
     path = photo(tmp_path / "a.jpg", width, height)
-    for divide in (4.1, 9, 17):
+    for divide in (2.1, 3, 4.1, 9, 17):
         target = Size(int(width / divide), int(height / divide))
         what = ImageRecord("a", str(path), Size(width, height), "", subset(tmp_path))
-        placement = Placement(target, target, 0.0)
-        assert decode_scale(what, placement) > 1 or divide < 9
-        near = transforms.resize(read_record(what, placement), target).astype(float)
+        assert decode_scale(what, target) > 1
+        near = transforms.resize(read_record(what, target), target).astype(float)
         whole = transforms.resize(read_image(path), target).astype(float)
         assert np.abs(near - whole).mean() < 1.0
         assert abs((near - whole).mean()) < 0.3
@@ -162,7 +179,7 @@ def test_a_scaled_jpeg_is_trained_on_alike_from_the_cache_and_without(tmp_path):
     photo(tmp_path / "1_x" / "a.jpg", 640, 480).with_suffix(".txt").write_text("x")
     specs = [dataset(subset(tmp_path / "1_x"), batch_size=1)]
     table = assemble(specs)[0]
-    assert decode_scale(table[0].record, table[0].placement) > 1
+    assert decode_scale(table[0].record, table[0].placement.resized) > 1
     seen = []
     build(table, Counting(lambda pixels, noise: (seen.append(pixels), fake_vae(pixels, noise))[1]), to_disk=False)
     uncached = next(iter(build_train_data(specs, seed=1).epoch(0))).micro_batches[0]
@@ -177,7 +194,7 @@ def test_entries_from_whole_decodes_stay_valid_and_those_of_shrunk_jpegs_are_bui
     write_picture(folder / "large.png", 600, 480)
     with monkeypatch.context() as before:  # as before there was scaled decoding
         for module in (transforms, latent_backends):
-            before.setattr(module, "decode_scale", lambda record, placement: 1)
+            before.setattr(module, "decode_scale", lambda record, resized: 1)
         build(table_of(folder))
     _, report = build(table_of(folder))
     assert [stale.reason for stale in report.stale] == ["JPEG decoding changed"]
