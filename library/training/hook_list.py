@@ -54,7 +54,9 @@ def hooks(run: Run, parts: Parts) -> list[Hook]:
     meters = _log(run.cfg) if run.accelerator.is_main_process else DrainHook(every)
     found = [_stop(run), meters, NonFiniteHook(run.cfg.loop.max_nonfinite_steps), _save(run, parts, meters)]
     if run.data.validation is not None:
-        found.insert(-1, _validation(run, parts, meters))  # before saving, so that the log is complete at every save
+        found.insert(
+            -1, Paused(_validation(run, parts, meters))
+        )  # before saving, so that the log is complete at every save
     if parts.ema is not None:
         found.insert(0, _ema(parts, parts.ema))
     if run.previews:

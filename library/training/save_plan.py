@@ -36,10 +36,11 @@ def check_space(run: Run, parts: Parts) -> None:
     per_number = free_space.optimizer_bytes(
         lambda params: early.optimizer(run.cfg, [{"name": "trial", "params": params, "lr": 1e-4}])
     )
+    files = 2 if parts.ema is not None and run.cfg.ema.save_ema == "also" else 1  # the average lies beside each model
     state = free_space.weight_bytes(stored, None) + per_number * sum(p.numel() for p in trained) + rest
     free_space.check(
         Path(run.cfg.save.output_dir),
         plan,
-        model_bytes=free_space.weight_bytes(whole, save_dtype(run.cfg.save.save_precision)),
+        model_bytes=files * free_space.weight_bytes(whole, save_dtype(run.cfg.save.save_precision)),
         state_bytes=round(state),
     )
