@@ -21,12 +21,17 @@ def print_config(cfg: RunConfig, *, file: TextIO | None = None) -> None:
 
 
 def config_lines(cfg: RunConfig) -> Iterator[str]:
-    """One section per group, one line per option; options that are unset, and secrets, are comments."""
+    """One section per group, one line per option; defaults are comments, since some rules ask what was given.
+
+    What is unset, and secrets, have no value.
+    """
     for key, group in RUNS[cfg.run].groups.items():
         yield f"[{key}]"
         for name, option in group.options().items():
             value = None if name in SECRETS else cfg.get(name)
-            text = f"{name} = {option_toml(option, value)}" if value is not None else f"# {name} ="
+            text = f"{name} = {option_toml(option, value)}" if value is not None else f"{name} ="
+            if value is None or not cfg.is_given(name):
+                text = f"# {text}"
             yield f"{text}  # {cfg.provenance[name]}"
         yield ""
 

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Clock:
-    """Host times in seconds. waited: spent in waiting for the next batches. paused: in saving and sample pictures."""
+    """Host times in seconds. waited: for the next batches. paused: in saving, sample pictures and validation."""
 
     now: Callable[[], float] = time.perf_counter
     waited: float = 0.0

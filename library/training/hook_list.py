@@ -65,7 +65,8 @@ def hooks(run: Run, parts: Parts) -> list[Hook]:
 
 def _stop(run: Run) -> StopHook:
     files = RequestFiles(Path(run.cfg.save.output_dir)) if run.accelerator.is_main_process else None
-    return StopHook(None if run.accelerator.num_processes == 1 else partial(_any_rank, run.accelerator), files)
+    agree = None if run.accelerator.num_processes == 1 else partial(_any_rank, run.accelerator)
+    return StopHook(agree, files, has_prompts=bool(run.previews))
 
 
 def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Meters:
         for step in self._pending:
             record = {**step.facts, **{name: next(scalars) for name in step.scalars}}
             loss = record["loss"]
-            if loss == loss:
+            if math.isfinite(loss):
                 self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
             record["loss_average"] = self.average
             self.broken.see(record, [] if step.tally is None else step.tally.samples)

@@ -36,6 +36,7 @@ def check_space(run: Run, parts: Parts) -> None:
     per_number = free_space.optimizer_bytes(
         lambda params: early.optimizer(run.cfg, [{"name": "trial", "params": params, "lr": 1e-4}])
     )
+    files = 2 if parts.ema is not None and run.cfg.ema.save_ema == "also" else 1  # the average lies beside each model
     state = free_space.weight_bytes(stored, None) + per_number * sum(p.numel() for p in trained) + rest
     files = 2 if run.cfg.ema.use_ema and run.cfg.ema.save_ema == "also" else 1  # the average is a file of its own
     free_space.check(

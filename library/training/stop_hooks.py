@@ -28,10 +28,12 @@ class StopHook:
     agree: makes all ranks see the same answers, after every step: a signal can reach them in different ones, launchers
     kill workers that do not end within 30 seconds, and only the main process looks for files (`files`). It takes and
     returns one truth value per question, so that all of them cost one exchange. None with one process.
+    has_prompts: whether there are sample pictures to ask for.
     """
 
     agree: Callable[[Sequence[bool]], Sequence[bool]] | None = None
     files: RequestFiles | None = None
+    has_prompts: bool = True
     _seen: str = ""
     _previous: dict[int, Any] = field(default_factory=dict)
 
@@ -64,6 +66,8 @@ class StopHook:
         step = view.progress.global_step
         if view.requested:
             log.info(f"{', '.join(sorted(view.requested))}: answered after step {step}")
+        if requests.SAMPLE in view.requested and not self.has_prompts:
+            log.warning(f"{requests.SAMPLE}: nothing is drawn, because --sample_prompts is not given")
         if answers[0]:
             view.request_stop(f"stopped by {self._seen or 'another process'} after step {step}")
         elif requests.STOP in view.requested:
@@ -101,7 +105,8 @@ class NonFiniteHook:
         report = broken.report()
         if report:
             log.warning(report)
-        if event is Event.STEP and self.limit and broken.reaches(self.limit) and not view.stop:
+        goes_on = event is Event.STEP and not view.stop and view.progress.global_step < view.total_steps
+        if goes_on and self.limit and broken.reaches(self.limit):
             what = f"the last {broken.in_a_row} steps had a loss or gradient that is not finite"
             view.request_stop(what)
             view.failure = UserError(

@@ -210,7 +210,7 @@ def test_print_config_shows_values_with_their_origin(run_toml, toml_text, capsys
     lines = capsys.readouterr().out.splitlines()
     assert "seed = 3  # run.toml line 6" in lines
     assert "network_dim = 4  # command line" in lines
-    assert "max_grad_norm = 1.0  # default" in lines
+    assert "# max_grad_norm = 1.0  # default" in lines
     assert "# vae =  # default" in lines
 
 

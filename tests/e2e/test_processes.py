@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.training.bands import NAMES
 from tests.e2e.conftest import ROOT, arguments, log_of
 
 
@@ -40,6 +41,9 @@ def test_two_processes_equal_one_with_twice_the_batch(train, pictures, tmp_path)
             continue
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
         assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=2e-3)
+        bands, same_bands = ({key: record[key] for key in record if key in NAMES} for record in (first, second))
+        assert bands == pytest.approx(same_bands, rel=1e-4)
+    assert bands, "the last record has the means of all ranks' samples"
     expected, got = load_file(one / "net.safetensors"), load_file(two / "net.safetensors")
     difference = torch.stack([(expected[name] - got[name]).abs().max() for name in expected])
     size = max(float(tensor.abs().max()) for name, tensor in expected.items() if "lora_up" in name)

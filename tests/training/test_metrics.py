@@ -1,7 +1,9 @@
 """Meters and the run's log file."""
 
 import json
+import math
 
+import pytest
 import torch
 
 from library.training.metrics import Meters, RunLog
@@ -44,9 +46,10 @@ def test_a_resumed_log_has_every_step_once_and_survives_a_torn_line(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 9.0)]
 
 
-def test_a_nan_loss_is_recorded_but_does_not_poison_the_average():
-    records = _records(Meters(), [1.0, float("nan"), 1.0])
-    assert records[1]["loss"] != records[1]["loss"]
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_recorded_but_does_not_poison_the_average(broken):
+    records = _records(Meters(), [1.0, broken, 1.0])
+    assert not math.isfinite(records[1]["loss"])
     assert records[2]["loss_average"] == 1.0
 
 

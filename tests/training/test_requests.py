@@ -34,6 +34,16 @@ def test_a_request_is_answered_in_one_step_and_its_file_removed_after_it(tmp_pat
     hook(Event.END, view)
 
 
+def test_pictures_without_prompts_are_refused_in_words(tmp_path, view, caplog):
+    hook = _hook(tmp_path, has_prompts=False)
+    hook(Event.START, view)
+    (tmp_path / SAMPLE).touch()
+    hook(Event.STEP, view)
+    hook(Event.END, view)
+    assert "nothing is drawn, because --sample_prompts is not given" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_stop_now_stops_like_a_signal(tmp_path, view):
     hook = _hook(tmp_path)
     hook(Event.START, view)
