@@ -11,6 +11,7 @@ from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORKS
 from library.config.fields import NETWORK, TRAINER
 from library.config.known_flags import nearest
 from library.config.run_config import RunConfig
+from library.config.tracker_file import tracker_problem
 from library.errors import Problem
 from library.plugins import list_plugins
 
@@ -31,6 +32,7 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
         problems += _check_existing(cfg, "resume", kind="folder")
         problems += _check_prompts(cfg)
         problems += _check_output(cfg)
+        problems += _check_trackers(cfg)
         if cfg.run in NETWORK and "network_module" not in wrong:
             problems += _check_network_module(cfg)
     return problems
@@ -93,6 +95,17 @@ def _check_output(cfg: RunConfig) -> list[Problem]:
     if value and Path(value).exists() and not Path(value).is_dir():
         return [Problem(f"output_dir {value} is a file", cfg.provenance["output_dir"], "name a folder")]
     return []
+
+
+def _check_trackers(cfg: RunConfig) -> Iterator[Problem]:
+    """wandb is no requirement: it comes with fifteen packages."""
+    if cfg.loop.log_with in ("wandb", "all") and find_spec("wandb") is None:
+        yield Problem("wandb is not installed", cfg.provenance["log_with"], "pip install wandb==0.31.0")
+    problem = None
+    if cfg.loop.log_tracker_config:
+        problem = tracker_problem(cfg.loop.log_tracker_config, where=cfg.provenance["log_tracker_config"])
+    if problem is not None:
+        yield problem
 
 
 def _check_written(cfg: RunConfig, name: str) -> Iterator[Problem]:

@@ -13,23 +13,30 @@ SAMPLERS = (
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
 
-OPTIMIZERS = ("AdamW", "AdamW8bit", "Adafactor")
-OPTIMIZERS_LATER = (
-    "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion", "Lion8bit", "PagedLion8bit", "SGDNesterov",
-    "SGDNesterov8bit", "DAdaptation", "DAdaptAdamPreprint", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan",
-    "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD", "Prodigy", "RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree",
+PREDICTION_TYPES = ("epsilon", "v_prediction", "rectified_flow")
+
+OPTIMIZERS = (
+    "AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion", "Lion8bit", "PagedLion8bit",
+    "SGDNesterov", "SGDNesterov8bit", "DAdaptation", "DAdaptAdamPreprint", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan",
+    "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD", "Prodigy", "Adafactor", "RAdamScheduleFree", "AdamWScheduleFree",
+    "SGDScheduleFree", "ProdigyPlusScheduleFree", "CAME", "AdEMAMix", "AdEMAMix8bit", "PagedAdEMAMix8bit", "Adan",
+    "ADOPT", "StableAdamW", "SOAP",
 )  # fmt: skip
 # sd-scripts looks any other bare name up in torch.optim; these are the ones there that a training loop can step.
 TORCH_OPTIMIZERS = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 
 LR_SCHEDULERS = (
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-    "piecewise_constant",
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay", "piecewise_constant", "rex",
+    "adafactor",
 )  # fmt: skip
-LR_SCHEDULERS_LATER = ("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "adafactor")
+# The classes of torch.optim.lr_scheduler that are made of literals and stepped without a measurement.
+TORCH_SCHEDULERS = (
+    "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR",
+)  # fmt: skip
 
 LOSSES = tuple(list_plugins(ROOT / "library" / "diffusion" / "losses"))
-LOSSES_LATER = tuple(name for name in ("l1", "l2", "huber", "smooth_l1") if name not in LOSSES)
 
 NETWORKS_LATER = ("dylora", "lora_fa", "oft", "control_net_lllite", "dora")
 

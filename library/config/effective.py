@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from library.config.fields import Option
-from library.config.run_config import RunConfig
+from library.config.run_config import SECRETS, RunConfig
 from library.config.runs import RUNS
 from library.config.toml_file import toml_value
 from library.errors import UserError
@@ -21,12 +21,17 @@ def print_config(cfg: RunConfig, *, file: TextIO | None = None) -> None:
 
 
 def config_lines(cfg: RunConfig) -> Iterator[str]:
-    """One section per group, one line per option; options that are unset are comments."""
+    """One section per group, one line per option; defaults are comments, since some rules ask what was given.
+
+    What is unset, and secrets, have no value.
+    """
     for key, group in RUNS[cfg.run].groups.items():
         yield f"[{key}]"
         for name, option in group.options().items():
-            value = cfg.get(name)
-            text = f"{name} = {option_toml(option, value)}" if value is not None else f"# {name} ="
+            value = None if name in SECRETS else cfg.get(name)
+            text = f"{name} = {option_toml(option, value)}" if value is not None else f"{name} ="
+            if value is None or not cfg.is_given(name):
+                text = f"# {text}"
             yield f"{text}  # {cfg.provenance[name]}"
         yield ""
 
@@ -48,7 +53,7 @@ def write_config(cfg: RunConfig, name: str) -> Path:
         changed = [
             f"{option} = {option_toml(details, cfg.get(option))}"
             for option, details in group.options().items()
-            if cfg.get(option) != details.default
+            if cfg.get(option) != details.default and option not in SECRETS
         ]
         lines += [f"[{key}]", *changed, ""] if changed else []
     try:

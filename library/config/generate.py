@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
-from library.config.choices import SAMPLERS
+from library.config.choices import PREDICTION_TYPES, SAMPLERS
 from library.config.console import ConsoleOptions
 from library.config.fields import GENERATOR, option
 from library.config.key_values import split_pairs
@@ -24,7 +24,20 @@ class GenerateOptions(ConsoleOptions):
         path=True,
     )
     vae: str | None = option(None, "VAE to use instead of the checkpoint's own: file or diffusers folder", path=True)
-    v_parameterization: bool = option(False, "the model predicts v, not noise")
+    prediction_type: str | None = option(
+        None, "what the model predicts (unset: what the checkpoint says, else epsilon)", choices=PREDICTION_TYPES
+    )
+    v_parameterization: bool = option(
+        False, "the model predicts v, not noise: the same as prediction_type v_prediction"
+    )
+    zero_terminal_snr: bool = option(
+        False, "the model was trained with zero terminal SNR (on where the checkpoint says so)"
+    )
+    flow_shift: float | None = option(
+        None,
+        "shift of rectified flow's timesteps, more steps at high noise above 1 (unset: the checkpoint's own, else 1)",
+        gt=0,
+    )
     prompt: str | None = option(None, "prompt; options such as --w 1024 --n blurry may follow inside the text")
     from_file: str | None = option(None, "prompt file, one prompt per line, # starts a comment", path=True)
     outdir: str = option("outputs", "folder for the pictures", path=True)

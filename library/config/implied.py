@@ -54,9 +54,10 @@ def _disk_caches(cfg: RunConfig) -> Iterator[Implied]:
             yield Implied(name, True, because, f"{name} is on, as {name}_to_disk asks for it")
 
 
-def _eight_bit_adam(cfg: RunConfig) -> Iterator[Implied]:
-    if "optim" in cfg.groups and cfg.optim.use_8bit_adam and not cfg.is_given("optimizer_type"):
-        yield Implied("optimizer_type", "AdamW8bit", "implied by use_8bit_adam")
+def _older_optimizer_names(cfg: RunConfig) -> Iterator[Implied]:
+    for name, optimizer in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
+        if "optim" in cfg.groups and cfg.get(name) and not cfg.is_given("optimizer_type"):
+            yield Implied("optimizer_type", optimizer, f"implied by {name}")
 
 
 def _attention(cfg: RunConfig) -> Iterator[Implied]:
@@ -121,7 +122,7 @@ def _checkpoint_pattern(cfg: RunConfig) -> Iterator[Implied]:
 _RULES: tuple[Callable[[RunConfig], Iterator[Implied]], ...] = (
     _cache_tools,
     _disk_caches,
-    _eight_bit_adam,
+    _older_optimizer_names,
     _attention,
     _resolutions,
     _workers,

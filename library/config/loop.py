@@ -32,6 +32,22 @@ class LoopOptions(ConsoleOptions):
     logging_dir: str | None = option(None, "folder for logs; every run makes a sub-folder with its time", path=True)
     log_prefix: str | None = option(None, "start of the name of that sub-folder")
     log_with: str | None = option(
-        None, "tracker; TensorBoard is always on", choices=["tensorboard"], later=["wandb", "all"]
+        None,
+        "trackers beside the JSONL log and TensorBoard, which are always on",
+        choices=["tensorboard", "wandb", "all"],
     )
+    log_tracker_name: str | None = option(None, "project in wandb (unset: network_train); sub-folder for TensorBoard")
+    log_tracker_config: str | None = option(
+        None, "TOML file with arguments for the trackers: tables [wandb] and [tensorboard]", path=True
+    )
+    wandb_run_name: str | None = option(None, "name of the run in wandb")
+    wandb_api_key: str | None = option(
+        None, "key for wandb; WANDB_API_KEY in the environment is safer, as other users see command lines"
+    )
+    log_config: bool = option(False, "send the settings to the trackers, without secrets and folder names")
     log_every_n_steps: int = option(10, "steps between two lines in the logs", ge=1)
+    max_nonfinite_steps: int = option(
+        50,
+        "end the run, saved, after so many steps in a row whose loss or gradient is not finite (0: never)",
+        ge=0,
+    )

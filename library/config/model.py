@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
+from library.config.choices import PREDICTION_TYPES
 from library.config.fields import ADMIN, LATENTS, REPORT, SHARED, TEXTS, TRAINER, Group, option
 
 
@@ -26,7 +27,31 @@ class ModelOptions(Group):
         path=True,
         acts=TRAINER | LATENTS | ADMIN,
     )
-    v_parameterization: bool = option(False, "the model predicts v, not noise", acts=TRAINER)
+    prediction_type: str | None = option(
+        None,
+        "what the model predicts (unset: what the checkpoint says, else epsilon)",
+        choices=PREDICTION_TYPES,
+        acts=TRAINER,
+    )
+    v_parameterization: bool = option(
+        False, "the model predicts v, not noise: the same as prediction_type v_prediction", acts=TRAINER
+    )
+    allow_prediction_type_change: bool = option(
+        False,
+        "train a checkpoint to another prediction type than it says it has, which is an error otherwise",
+        acts=TRAINER,
+    )
+    zero_terminal_snr: bool = option(
+        False,
+        "rescale the noise schedule so that its last step is pure noise (on where the checkpoint says so)",
+        acts=TRAINER,
+    )
+    flow_shift: float | None = option(
+        None,
+        "shift of rectified flow's timesteps, more noise above 1 (unset: the checkpoint's own, else 1)",
+        gt=0,
+        acts=TRAINER,
+    )
     max_token_length: int = option(
         75,
         "caption length in tokens; a multiple of 75, longer captions take several chunks",

@@ -48,20 +48,114 @@ def _length(cfg: RunConfig) -> Iterator[str]:
         yield "persistent_data_loader_workers has no effect: max_data_loader_n_workers is 0"
 
 
+def _diffusion(cfg: RunConfig) -> Iterator[str]:
+    """Options that only act beside another one."""
+    chosen = cfg.diffusion
+    of_huber = dict.fromkeys(("huber_c", "huber_scale", "huber_schedule"), "loss_type huber or smooth_l1")
+    of_bias = {f"timestep_bias_{name}": "timestep_bias_strategy" for name in ("multiplier", "portion", "begin", "end")}
+    acting = {
+        **(of_huber if chosen.loss_type in ("l1", "l2") else {}),
+        **({} if chosen.timestep_bias_strategy != "none" else of_bias),
+        **({} if chosen.noise_offset else {"noise_offset_random_strength": "noise_offset"}),
+        **({} if chosen.multires_noise_iterations else {"multires_noise_discount": "multires_noise_iterations"}),
+        **({} if chosen.ip_noise_gamma else {"ip_noise_gamma_random_strength": "ip_noise_gamma"}),
+        **({} if chosen.p2_gamma else {"p2_k": "p2_gamma"}),
+        **({} if chosen.dream_training else {"dream_detail_preservation": "dream_training"}),
+    }
+    if chosen.timestep_sampling != "logit_normal":
+        acting |= dict.fromkeys(("logit_mean", "logit_std"), "timestep_sampling logit_normal")
+    if chosen.timestep_bias_strategy == "range":
+        acting["timestep_bias_portion"] = "timestep_bias_strategy earlier or later"
+    elif chosen.timestep_bias_strategy != "none":
+        acting |= dict.fromkeys(("timestep_bias_begin", "timestep_bias_end"), "timestep_bias_strategy range")
+    if chosen.timestep_bias_strategy != "none" and chosen.timestep_bias_multiplier == 1:
+        yield "timestep_bias_strategy has no effect: timestep_bias_multiplier is 1"
+    for name, other in acting.items():
+        if cfg.get(name) != type(chosen).options()[name].default:
+            yield f"{name} has no effect: it acts with {other}"
+
+
+_SCHEDULE = ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps")
+# Options that act with some schedules only.
+_ACTS_WITH = {
+    "lr_scheduler_num_cycles": (
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": (
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+        "rex",
+    ),
+    "lr_decay_steps": ("warmup_stable_decay",),
+}
+
+
 def _learning_rate(cfg: RunConfig) -> Iterator[str]:
-    acting = {"lr_scheduler_num_cycles": "cosine_with_restarts", "lr_scheduler_power": "polynomial"}
-    for name, scheduler in acting.items():
-        if cfg.get(name) != 1 and cfg.optim.lr_scheduler != scheduler:
-            yield f"{name} has no effect: it acts with lr_scheduler {scheduler}, not {cfg.optim.lr_scheduler}"
-    arguments = cfg.optim.optimizer_kwargs()
-    relative = arguments.get("relative_step", True) or arguments.get("warmup_init", False)
-    if cfg.optim.optimizer_type == "Adafactor" and relative:
-        for name in ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps"):
-            if cfg.is_given(name):
+    optim = cfg.optim
+    if optim.sets_rate:
+        for name in ("learning_rate", "unet_lr", "text_encoder_lr", *_SCHEDULE, *_ACTS_WITH):
+            if cfg.is_given(name) and (name, cfg.get(name)) != ("lr_scheduler", "adafactor"):
                 yield (
                     f"{name} has no effect: Adafactor sets its own rate; to set it, use optimizer_args "
                     '["relative_step=False", "scale_parameter=False", "warmup_init=False"]'
                 )
+    elif optim.is_schedule_free:
+        for name in (*_SCHEDULE, *_ACTS_WITH):
+            if cfg.is_given(name) and (name, cfg.get(name)) != ("lr_scheduler", "constant"):
+                warm = name == "lr_warmup_steps" and not optim.estimates_rate
+                way = '; for a warm-up in steps, use optimizer_args ["warmup_steps=100"]' if warm else ""
+                yield f"{name} has no effect: {optim.optimizer_type} takes the place of a schedule{way}"
+    else:
+        yield from _schedule(cfg)
+    if optim.estimates_rate:
+        yield from _estimated_rate(cfg)
+    if optim.optimizer_type == "SGDNesterov8bit":
+        yield "SGDNesterov8bit makes steps of plain momentum: bitsandbytes has no Nesterov steps in 8 bits"
+
+
+def _schedule(cfg: RunConfig) -> Iterator[str]:
+    named, by_class = cfg.optim.lr_scheduler, cfg.optim.lr_scheduler_type
+    if by_class and cfg.is_given("lr_scheduler"):
+        yield "lr_scheduler is ignored: lr_scheduler_type takes its place"
+    defaults = type(cfg.optim).options()
+    for name, schedules in _ACTS_WITH.items():
+        if cfg.get(name) != defaults[name].default and (by_class or named not in schedules):
+            yield f"{name} has no effect: it acts with lr_scheduler {', '.join(schedules)}, not {by_class or named}"
+    if named == "warmup_stable_decay" and not by_class and not cfg.optim.lr_decay_steps:
+        yield "lr_scheduler warmup_stable_decay never decays: lr_decay_steps is 0"
+
+
+def _estimated_rate(cfg: RunConfig) -> Iterator[str]:
+    """What the makers of D-Adaptation and Prodigy, and sd-scripts, warn of."""
+    optim, name = cfg.optim, cfg.optim.optimizer_type
+    given = [rate for rate in _rates(cfg) if rate]
+    if given and max(given) <= 0.1:
+        yield f"learning rate {max(given):g} is low for {name}, which finds its step size itself: 1.0 is usual"
+    if optim.is_schedule_free:
+        return
+    if optim.lr_warmup_steps and name.endswith("Prodigy") and not optim.optimizer_kwargs().get("safeguard_warmup"):
+        yield f'{name} may overestimate its step size in a warm-up: use optimizer_args ["safeguard_warmup=True"]'
+    if optim.lr_scheduler == "cosine_with_restarts" and optim.lr_scheduler_num_cycles > 1:
+        yield f"restarts are known to fail with {name}: use lr_scheduler constant or cosine"
+
+
+def _rates(cfg: RunConfig) -> list[float]:
+    """The learning rates that act."""
+    if "network" not in cfg.groups:
+        return [cfg.optim.learning_rate]
+    network, default = cfg.network, cfg.optim.learning_rate
+    rates: list[float] = []
+    if not network.network_train_text_encoder_only:
+        rates.append(default if network.unet_lr is None else network.unet_lr)
+    if not network.network_train_unet_only:
+        rates += network.text_encoder_lr or (default,)
+    return rates
 
 
 def _network(cfg: RunConfig) -> Iterator[str]:
@@ -112,11 +206,34 @@ def _saving(cfg: RunConfig) -> Iterator[str]:
         yield f"metadata_thumbnail is left out: there is no file {thumbnail}"
 
 
+def _logging(cfg: RunConfig) -> Iterator[str]:
+    for name in ("wandb_run_name", "wandb_api_key"):
+        if cfg.get(name) and cfg.loop.log_with not in ("wandb", "all"):
+            yield f"{name} has no effect: it acts with log_with wandb"
+
+
 def _samples(cfg: RunConfig) -> Iterator[str]:
     preview = cfg.preview
     asked = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
     if preview.sample_prompts and not asked:
-        yield "sample_prompts has no effect: set sample_every_n_steps, sample_every_n_epochs or sample_at_first"
+        yield (
+            "sample_prompts draws nothing by itself: set sample_every_n_steps, sample_every_n_epochs or "
+            "sample_at_first, or make the file sample_now in output_dir while training"
+        )
+
+
+def _averages(cfg: RunConfig) -> Iterator[str]:
+    for name in ("ema_inv_gamma", "ema_power"):
+        if cfg.ema.use_ema and cfg.is_given(name) and not cfg.ema.ema_warmup:
+            yield f"{name} has no effect: it acts with ema_warmup"
+    if cfg.ema.use_ema and "schedulefree" in cfg.optim.optimizer_type.lower():
+        yield (
+            f"use_ema averages the points at which {cfg.optim.optimizer_type} trains; the optimizer keeps an average "
+            "of its own, which is what is saved and shown without use_ema"
+        )
+    is_seen = cfg.preview.sample_with_ema or cfg.validation.validate_with_ema
+    if cfg.ema.use_ema and cfg.ema.save_ema == "none" and not is_seen:
+        yield "use_ema has no effect on any file but saved states: set save_ema, sample_with_ema or validate_with_ema"
 
 
 def _generation(cfg: RunConfig) -> Iterator[str]:
@@ -129,8 +246,11 @@ def _generation(cfg: RunConfig) -> Iterator[str]:
 _TRAINING: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _model,
     _length,
+    _diffusion,
     _learning_rate,
     _precision,
     _saving,
+    _logging,
     _samples,
+    _averages,
 )

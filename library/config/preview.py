@@ -20,3 +20,9 @@ class PreviewOptions(Group):
     )
     sample_at_first: bool = option(False, "also draw before the first step")
     sample_sampler: str = option("euler_a", "sampler of prompts that name none", choices=SAMPLERS)
+    sample_grid: bool = option(
+        False,
+        "keep all samples of a run in one picture, sample/NAME_grid.png: a row for each prompt, a column for each "
+        "time; prompts without a seed get one that stays",
+    )
+    sample_with_ema: bool = option(False, "draw with the averaged weights (use_ema) instead of the current ones")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.config.admin import AdminOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
     from library.config.loop import LoopOptions
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from library.config.save import SaveOptions
 
 DEFAULT = "default"
+
+# Options whose values are never printed, written or sent.
+SECRETS = frozenset({"wandb_api_key"})
 
 
 class RunConfig:
@@ -43,6 +47,8 @@ class RunConfig:
     frozen: FrozenOptions
     save: SaveOptions
     preview: PreviewOptions
+    validation: ValidationOptions
+    ema: EmaOptions
     generate: GenerateOptions
     admin: AdminOptions
     report: ReportOptions
@@ -69,5 +75,6 @@ class RunConfig:
         return self.provenance.get(name, DEFAULT) != DEFAULT
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in self.flat().items() if self.is_given(name))
+        known = {name: value for name, value in self.flat().items() if name not in SECRETS}
+        given = ", ".join(f"{name}={value!r}" for name, value in known.items() if self.is_given(name))
         return f"RunConfig({self.run!r}, {given})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from library.config.admin import AdminOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
+from library.config.evaluation import EmaOptions, ValidationOptions
 from library.config.fields import Group, Option
 from library.config.finetune import FinetuneOptions
 from library.config.generate import GenerateOptions
@@ -55,6 +56,8 @@ _SHARED: dict[str, type[Group]] = {
     "precision": PrecisionOptions,
     "save": SaveOptions,
     "preview": PreviewOptions,
+    "validation": ValidationOptions,
+    "ema": EmaOptions,
 }
 _NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions, "frozen": FrozenOptions}
 _FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}

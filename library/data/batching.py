@@ -85,6 +85,12 @@ class EpochPlan(Sequence[tuple[MicroBatch, ...]]):
     ) -> None:
         self._pools, self._orders, self._cuts = pools, orders, cuts
         self._accumulation = accumulation
+        sizes = [min(stop, len(orders[number])) - start for number, start, stop in cuts]
+        self._ends = np.cumsum(np.array([0, *sizes], dtype=np.int64))
+
+    def samples_before(self, step: int) -> int:
+        """How many samples the steps before `step` hold, over all ranks."""
+        return int(self._ends[min(step * self._accumulation, len(self._cuts))])
 
     def _micro_batch(self, cut: tuple[int, int, int]) -> MicroBatch:
         number, start, stop = cut

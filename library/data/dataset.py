@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from library.config.dataset_file import DatasetSpec
 from library.data import report
 from library.data.assemble import assemble, balance_reg
-from library.data.batching import Pool, epoch_plan, rank_rows
+from library.data.batching import MicroBatch, Pool, epoch_plan, rank_rows
 from library.data.collate import BatchBuilder, Work
 from library.data.epochs import EpochPools
 from library.data.latent_filling import LatentFiller
@@ -25,7 +25,7 @@ from library.data.report import DataSummary
 from library.data.stores import LatentStore, TextStore
 from library.data.table import ImageTable
 from library.data.token_counts import CountTokens, TokenSummary, count_tokens
-from library.data.types import Batch, StepGroup
+from library.data.types import Batch, Place, SampleKey, StepGroup
 from library.data.validation import validation_specs
 from library.diffusion.conditioning import Tokens
 from library.errors import UserError
@@ -207,6 +207,11 @@ class TrainData:
         if self.validation is not None:
             self.validation.attach_text(store)
 
+    def share_caches(self, other: TrainData) -> None:
+        """Take encoded images and captions from where `other` takes them, also what is encoded when it is met."""
+        self._latents, self._text, self._filler = other._latents, other._text, other._filler
+        self._loader = None
+
     def set_length(self, total_steps: int) -> None:
         """Say how many optimizer steps the run has; a token warm-up over a share of the run needs it."""
         self._total_steps = total_steps
@@ -236,7 +241,8 @@ class TrainData:
         batches = self._batches(works())
         for step in range(start_step, len(plan)):
             group = plan[step]
-            micro_batches = [self._finish(next(batches)) for _ in group]
+            places = self._places(group, plan.samples_before(step))
+            micro_batches = [self._finish(next(batches), places) for _ in group]
             yield StepGroup(micro_batches, samples=sum(len(micro.rows) for micro in group))
         if self._filler is not None and not self._filler.is_complete:
             self._take_filled(self._filler.end_epoch())
@@ -296,13 +302,20 @@ class TrainData:
             generator=torch.Generator(),
         )
 
-    def _finish(self, batch: Batch) -> Batch:
+    def _places(self, group: Sequence[MicroBatch], first: int) -> dict[SampleKey, Place]:
+        """Where the samples of a step stand; `first` is the number of samples of the epoch before it."""
+        rows = [row for micro in group for row in micro.rows]
+        keys = [SampleKey(self.table.keys.text(int(self.table.image_of[image])), repeat) for image, repeat in rows]
+        return {key: Place(first + index, index, len(rows)) for index, key in enumerate(keys)}
+
+    def _finish(self, batch: Batch, places: Mapping[SampleKey, Place]) -> Batch:
         for path, reason in batch.failures:
             if path not in self._reported:
                 self._reported.add(path)
                 log.warning("skipped in training: %s: %s", path, reason)
         if self._filler is not None:
             batch = self._filler.fill(batch)
+        batch = replace(batch, places=tuple(places[key] for key in batch.keys))
         if batch.text is None and self.settings.tokenize is not None:
             return replace(batch, tokens=self.settings.tokenize(batch.captions))
         return batch

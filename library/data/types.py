@@ -23,6 +23,18 @@ class SampleKey(NamedTuple):
     repeat: int
 
 
+class Place(NamedTuple):
+    """Where a sample stands in the order of its epoch, the same on any number of ranks.
+
+    position: counted from 0 over the whole epoch. in_step: the same within its optimizer step, which has `step_size`
+    samples over all ranks and micro-batches.
+    """
+
+    position: int
+    in_step: int
+    step_size: int
+
+
 class Awaited(NamedTuple):
     """What a row of a batch waits for: the latents of a row of the table, or of its mirror image."""
 
@@ -50,8 +62,9 @@ class Batch:
     float16 when they come from a packed cache. While a cache is being filled, `awaits` says for every row whether it
     is still to be encoded; `pixels_B3HW` then holds the plain images of those rows only. `beside` are images of the
     batch at other resolutions, to be encoded for the cache too. `failures` lists images that could not be read for
-    this batch; their rows are among the padding. `mask_B1hw` is float32 in [0, 1], the weight of every latent cell in
-    the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
+    this batch; their rows are among the padding. `places` tells for every row where its sample stands in the epoch (a
+    row of padding has the place of the sample it copies). `mask_B1hw` is float32 in [0, 1], the weight of every latent
+    cell in the loss, or None when no row has a mask; `control_B3HW` float32 in [-1, 1].
     """
 
     keys: list[SampleKey]
@@ -70,6 +83,7 @@ class Batch:
     failures: tuple[Skipped, ...] = ()
     awaits: tuple[Awaited | None, ...] = ()
     beside: tuple[Beside, ...] = ()
+    places: tuple[Place, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.inference.samplers import step_arguments
 
-# (x_BChw, t) -> noise or velocity of the same shape; t is a 0-d tensor, not always a whole number.
+# (x_BChw, t) -> noise, velocity or flow of the same shape; t is a 0-d tensor, not always a whole number.
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -26,13 +26,15 @@ def denoise(
 ) -> Tensor:
     """Latents (scaled, as the U-Net sees them) from standard normal noise; float32 whatever the model computes in.
 
-    The scheduler has its timesteps set. generators: one per row, for samplers that add noise while they run.
+    Schedulers of rectified flow start from the noise as it is and give the model what they have. The scheduler has its
+    timesteps set. generators: one per row, for samplers that add noise while they run.
     on_step is called after every call of the model.
     """
     arguments = step_arguments(scheduler, generators)
-    latents = noise_BChw.float() * scheduler.init_noise_sigma
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
+    latents = noise_BChw.float() * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
-        x = scheduler.scale_model_input(latents, t)
+        x = scaled(latents, t)
         latents = scheduler.step(predict(x, t).float(), t, latents, **arguments).prev_sample
         if on_step is not None:
             on_step()

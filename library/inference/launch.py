@@ -105,7 +105,9 @@ def _denoised(bundle: ModelBundle, batch: list[GenRequest], conditioning: Condit
     """Latents (B, 4, h, w), scaled, float32, of requests that can be drawn together."""
     first = batch[0]
     device = bundle.unet.device
-    scheduler = make_scheduler(first.sampler, prediction_type=bundle.prediction_type, steps=first.steps)
+    scheduler = make_scheduler(
+        first.sampler, prediction_type=bundle.prediction_type, steps=first.steps, schedule=bundle.schedule
+    )
     seeds = [secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed for request in batch]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = start_noise(generators, (bundle.unet.config.in_channels, first.size.h // CELL, first.size.w // CELL))

@@ -186,16 +186,18 @@ _GENERATOR_OPTIONS: dict[str, tuple[str, Change]] = {
     "n": (_TEXT, _put("negative", str)),
     "am": (r"[-\d.,e]+", _muls),
 }
-_GENERATOR_LATER = (
-    "nl", "t", "c", "f", "dsd1", "dst1", "dsd2", "dst2", "dsr", "glt", "glr", "gle", "gls", "glsn", "glus",
-)  # fmt: skip
+_LATER = "is not supported yet"
+_FOREIGN = "is for other models, and SDXL has no use for it"
+_GENERATOR_LATER = dict.fromkeys(
+    ("nl", "t", "c", "f", "dsd1", "dst1", "dsd2", "dst2", "dsr", "glt", "glr", "gle", "gls", "glsn", "glus"), _LATER
+)
 _SAMPLE_OPTIONS = {name: _GENERATOR_OPTIONS[name] for name in ("w", "h", "d", "s", "l", "n")}
 _SAMPLE_OPTIONS["ss"] = (r"\S+", _put("sampler", _sampler))
-_SAMPLE_LATER = ("g", "cn", "ctr", "rcfg", "fs")
+_SAMPLE_LATER = {"cn": _LATER} | dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN)
 
 
 def _parse(
-    line: str, defaults: GenRequest, options: Mapping[str, tuple[str, Change]], later: tuple[str, ...]
+    line: str, defaults: GenRequest, options: Mapping[str, tuple[str, Change]], later: Mapping[str, str]
 ) -> GenRequest:
     prompt, *pieces = f" {line.strip()}".split(" --")
     request = replace(defaults, prompt=prompt.strip(), raw=line.strip())
@@ -203,7 +205,7 @@ def _parse(
         name, _, value = piece.strip().partition(" ")
         key = name.lower()
         if key in later:
-            logger.warning("--%s in a prompt is not supported yet; it is left out: %s", name, line)
+            logger.warning("--%s in a prompt %s; it is left out: %s", name, later[key], line)
             continue
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
@@ -241,7 +243,8 @@ _KEYS: dict[str, tuple[type | tuple[type, ...], Change]] = {
     "scale": ((int, float), _put("scale", float)),
     "sample_sampler": (str, _put("sampler", _sampler)),
 }
-_KEYS_LATER = ("controlnet_image", "guidance_scale", "controlnet_image_path")
+_KEYS_LATER = ("controlnet_image", "controlnet_image_path")
+_KEYS_FOREIGN = ("guidance_scale",)
 
 
 def _from_mapping(entry: Mapping[str, Any], defaults: GenRequest, *, where: str) -> GenRequest:
@@ -249,6 +252,9 @@ def _from_mapping(entry: Mapping[str, Any], defaults: GenRequest, *, where: str)
     for key, value in entry.items():
         if key in _KEYS_LATER:
             raise UserError(f'"{key}" is not supported yet', where, "remove it")
+        if key in _KEYS_FOREIGN:
+            logger.warning('"%s" %s; it is left out: %s', key, _FOREIGN, where)
+            continue
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             fix = f'did you mean "{near[0]}"?' if near else "known: " + ", ".join(_KEYS)

@@ -12,6 +12,7 @@ import torch
 from library.errors import UserError
 from library.inference.adapters import load_networks
 from library.inference.launch import encode_requests, generate
+from library.inference.prediction import settle
 from library.inference.prompt_line import CELL, MAX_SEED, GenRequest, parse_line, read_lines
 from library.inference.texts import TextForm
 from library.inference.writer import PictureWriter
@@ -37,7 +38,7 @@ def run(cfg: "RunConfig") -> list[Path]:
         raise UserError(
             "network_args have no effect on networks that are loaded from files", "network_args", "remove it"
         )
-    bundle = _load(options)
+    bundle = _load(cfg)
     networks = load_networks(
         bundle,
         modules=options.network_module,
@@ -102,7 +103,8 @@ def plan(
                 yield replace(prompt, seed=chosen)
 
 
-def _load(options: "GenerateOptions") -> ModelBundle:
+def _load(cfg: "RunConfig") -> ModelBundle:
+    options: GenerateOptions = cfg.generate
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
     bundle = load_bundle(
@@ -113,8 +115,7 @@ def _load(options: "GenerateOptions") -> ModelBundle:
         device=device,
     )
     attention.configure(bundle.unet, xformers=options.xformers, device=device)
-    if options.v_parameterization:
-        bundle.prediction_type = "v_prediction"
+    settle(cfg, bundle)
     return bundle
 
 

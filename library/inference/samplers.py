@@ -1,7 +1,9 @@
 """The samplers by sd-scripts' names, on diffusers' schedulers, with noise that belongs to the picture.
 
 Settings (gen_img.md §1): SDXL's betas, steps_offset 1 where timesteps are leading, no clipping of the predicted
-picture, eta 0. Every picture of a batch has its own CPU generator: its start noise is the first draw, then one draw
+picture, eta 0. A model with zero terminal SNR gets the betas of its own schedule and, since it was made to start from
+pure noise, timesteps that begin at the last one (Lin et al. 2023, section 3.3). Rectified flow has schedulers of its
+own. Every picture of a batch has its own CPU generator: its start noise is the first draw, then one draw
 for every call of a sampler that adds noise. So the noise depends on the seed alone, not on batch or device.
 """
 
@@ -16,10 +18,14 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.targets import PredictionType
 from library.errors import UserError
+from library.models.prediction import flow_shift_of
 
 _BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_STEPS = _BETAS["num_train_timesteps"]
+_STEPS = 1000
+_ALMOST_NOISE = 2.0**-24  # the last alpha of a schedule that ends in noise, as in diffusers: sigma 4096, not infinity
 _LMS_ORDER = 4
 
 
@@ -110,24 +116,36 @@ _SAMPLERS = {
     "dpmsolver++": _Sampler(_MULTISTEP, (("algorithm_type", "dpmsolver++"),)),
     "dpmsingle": _Sampler(diffusers.DPMSolverSinglestepScheduler, (("lower_order_final", True),)),
 }
+_FLOW_SOLVERS = {"dpmsolver++": _MULTISTEP, "dpmsingle": diffusers.DPMSolverSinglestepScheduler}
+# DDIM of a rectified flow is Euler's method: both keep the predicted picture and noise and mix them anew.
+_FLOW_EULER = ("euler", "k_euler", "ddim")
+FLOW_NAMES = (*_FLOW_EULER, *_FLOW_SOLVERS)
 _SAMPLERS |= {f"k_{name}": _SAMPLERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 NAMES = tuple(_SAMPLERS)
 
 
-def make_scheduler(name: str, *, prediction_type: str, steps: int) -> Any:
-    """A diffusers scheduler with its timesteps set: steps 1 to 1000, prediction_type "epsilon" or "v_prediction".
+def make_scheduler(
+    name: str, *, prediction_type: PredictionType, steps: int, schedule: NoiseSchedule | None = None
+) -> Any:
+    """A diffusers scheduler with its timesteps set, for steps 1 to 1000.
 
-    Raises UserError for a name that is not a sampler, and for fewer steps than the sampler can do.
+    schedule: the one the model was trained on (None: SDXL's). Rectified flow can be drawn by FLOW_NAMES only, and
+    takes the shift of its schedule. Raises UserError for a name that is not a sampler or cannot draw such a model,
+    and for fewer steps than the sampler can do.
     """
     if name not in _SAMPLERS:
         raise UserError(f'"{name}" is not a sampler', "sampler", "choose one of " + ", ".join(NAMES))
     chosen = _SAMPLERS[name]
     if steps < chosen.min_steps:
         raise UserError(f"{name} cannot do {steps} steps", "steps", f"take {chosen.min_steps} or more")
-    settings = dict(chosen.settings)
+    if prediction_type == "rectified_flow":
+        return _flow_scheduler(name, steps=steps, shift=1.0 if schedule is None else flow_shift_of(schedule))
+    settings: dict[str, Any] = dict(chosen.settings)
     if steps in (1, _STEPS) and name != "dpmsingle":
         # Even spacing puts a single step at the noise-free end, and a thousandth step on top of another.
         settings |= {"timestep_spacing": "trailing"}
+    if schedule is not None and schedule.ends_in_noise:
+        settings |= _zero_terminal_settings(name, prediction_type, steps=steps, schedule=schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers prefers dpmsolver++ to dpmsolver
         if chosen.scheduler is PndmScheduler:
@@ -137,6 +155,53 @@ def make_scheduler(name: str, *, prediction_type: str, steps: int) -> Any:
             scheduler = chosen.scheduler(**_BETAS, **settings, prediction_type=prediction_type)
         scheduler.set_timesteps(steps)
     return scheduler
+
+
+def _zero_terminal_settings(
+    name: str, prediction_type: PredictionType, *, steps: int, schedule: NoiseSchedule
+) -> dict[str, Any]:
+    """Betas of a schedule that ends in noise, and timesteps that begin there, or for epsilon models before it."""
+    if name == "pndm":
+        raise UserError(
+            "pndm cannot draw a model with zero terminal SNR: its Runge-Kutta start fails at pure noise",
+            "sampler",
+            "take another sampler, such as ddim or euler_a",
+        )
+    alphas_N = schedule.alphas_cumprod_N.clone()
+    alphas_N[-1] = _ALMOST_NOISE
+    betas_N = 1.0 - torch.cat([alphas_N[:1], alphas_N[1:] / alphas_N[:-1]])
+    settings: dict[str, Any] = {"trained_betas": betas_N.tolist()}
+    if prediction_type != "epsilon":
+        return settings if name == "dpmsingle" else settings | {"timestep_spacing": "trailing"}
+    if name == "dpmsingle" or steps in (1, _STEPS):
+        raise UserError(
+            f"{name} with {steps} steps starts at pure noise, where a noise prediction says nothing about the picture",
+            "zero terminal SNR",
+            "take 2 to 999 steps with another sampler, such as ddim",
+        )
+    return settings | {"timestep_spacing": "leading"}
+
+
+def _flow_scheduler(name: str, *, steps: int, shift: float) -> Any:
+    """A scheduler of rectified flow: sigmas evenly spaced from 1 to 1 / steps, then shifted; timesteps 1000 * sigma."""
+    if name not in FLOW_NAMES:
+        raise UserError(
+            f"{name} cannot draw a model of rectified flow", "sampler", "choose one of " + ", ".join(FLOW_NAMES)
+        )
+    if name in _FLOW_EULER:
+        euler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_STEPS, shift=shift)
+        euler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+        return euler
+    solver = _FLOW_SOLVERS[name](
+        **_BETAS,
+        **dict(_SAMPLERS[name].settings),
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
+    solver.set_timesteps(steps)
+    solver.timesteps = solver.sigmas[:-1] * float(_STEPS)  # diffusers cuts them to whole numbers
+    return solver
 
 
 def start_noise(generators: list[torch.Generator], shape_Chw: tuple[int, int, int]) -> Tensor:

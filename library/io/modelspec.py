@@ -41,7 +41,7 @@ _TITLES = {
     "controlnet": "ControlNet",
 }
 _BASE_RESOLUTION = Size(1024, 1024)
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "rectified_flow": "rectified_flow"}
 
 
 def modelspec_metadata(
@@ -50,7 +50,7 @@ def modelspec_metadata(
     created: datetime,
     title: str | None = None,
     resolution: Size | None = None,
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+    prediction_type: Literal["epsilon", "v_prediction", "rectified_flow"] = "epsilon",
     timestep_range: tuple[int | None, int | None] = (None, None),
     clip_skip: int | None = None,
     fields: Mapping[str, str | None] | None = None,
@@ -58,6 +58,7 @@ def modelspec_metadata(
     """Return the `modelspec.*` entries of an SDXL file.
 
     `created` is local time; without a title the kind and the time make one. `resolution` is SDXL's own unless given.
+    The prediction type is written as "epsilon", "v" or, outside the standard, "rectified_flow".
     `timestep_range` is written when either end is given. `fields` are FREE_FIELDS; None and unset ones are left out.
     """
     low, high = timestep_range

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.io.atomic import atomic_path
+from library.io.read_back import write_checked
 from library.io.safetensors_header import ITEM_BITS, TensorInfo, read_header
 
 __all__ = ["TensorInfo", "TensorReader", "TensorSource", "read_header", "save", "serialized"]
@@ -113,14 +114,21 @@ def save(
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    checked: bool = False,
 ) -> None:
     """Write a safetensors file atomically, holding no more than one converted tensor at a time.
 
-    Arguments as for `serialized`. Raises UserError when the disk is full or the folder not writable.
+    Arguments as for `serialized`. `checked` reads the file back and compares it with what was written, before it takes
+    the place of an older one. Raises UserError when the disk is full, the folder not writable or the file different.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for piece in serialized(tensors, metadata, dtype=dtype):
-            file.write(piece)
+    pieces = serialized(tensors, metadata, dtype=dtype)
+    with atomic_path(path) as temporary:
+        if checked:
+            write_checked(temporary, pieces)
+            return
+        with open(temporary, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
 
 
 def _stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

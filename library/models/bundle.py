@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from library.diffusion.schedule import NoiseSchedule
+from library.diffusion.targets import PredictionType
 from library.models.arch import Part, SdxlArch
 from library.models.configs import SCALING_FACTOR
+from library.models.prediction import Stated, schedule_for
 from library.models.tokenizers import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class ModelBundle:
 
     source is the path or name as the user gave it, resolved_path the file or folder it stands for. identify gives
     the identity of a part's stored weights, loaded or not. logit_scale is the one tensor of a single file that no
-    part uses; it is kept for writing back.
+    part uses; it is kept for writing back. stated is what the checkpoint says about its prediction type and schedule;
+    prediction_type and schedule are those in force: the stated ones, or epsilon on SDXL's schedule.
     """
 
     unet: "UNet2DConditionModel"
@@ -35,11 +38,19 @@ class ModelBundle:
     source: str
     resolved_path: Path
     identify: Callable[[Part], str] = field(repr=False)
-    prediction_type: str = "epsilon"
+    stated: Stated = field(default_factory=Stated)
+    prediction_type: PredictionType = "epsilon"
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.scaled_linear)
     metadata: dict[str, str] = field(default_factory=dict)
     logit_scale: Tensor | None = None
     scaling_factor: float = SCALING_FACTOR
+
+    def set_prediction(
+        self, prediction_type: PredictionType, *, zero_terminal_snr: bool = False, flow_shift: float | None = None
+    ) -> None:
+        """Take the model for one of this prediction type, on the schedule that goes with it."""
+        self.schedule = schedule_for(prediction_type, zero_terminal_snr=zero_terminal_snr, flow_shift=flow_shift)
+        self.prediction_type = prediction_type
 
     @property
     def text_widths(self) -> tuple[int, int]:

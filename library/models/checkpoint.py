@@ -13,11 +13,12 @@ from torch import nn
 from library.errors import UserError
 from library.io.hashing import tensors_identity
 from library.io.safetensors_file import save
-from library.models import diffusers_folder, embedded, hub, identify
+from library.models import diffusers_folder, embedded, hub, identify, prediction
 from library.models.arch import PART_NAMES, PARTS, PREFIXES, Part, SdxlArch, check_facts, facts_metadata
 from library.models.assemble import empty_module, filled, part_keymap
 from library.models.bundle import ModelBundle
 from library.models.opened import LOGIT_SCALE, OpenedModel, OpenedVae, open_model, open_vae
+from library.models.prediction import Stated
 from library.models.tensors import joined
 from library.models.tokenizers import load_tokenizer
 
@@ -79,7 +80,7 @@ def load_bundle(
             target = (dtypes or {}).get(part, dtype)
             modules[part] = filled(module, tensors, device=device, dtype=target, where=where)
         model = sources.model
-        found: dict[str, Any] = {"metadata": model.metadata, "prediction_type": model.prediction_type}
+        found: dict[str, Any] = {"metadata": model.metadata, "stated": model.stated}
         found |= {"arch": sources.arch, "logit_scale": model.logit_scale()}
 
     @cache
@@ -87,7 +88,7 @@ def load_bundle(
         with ExitStack() as stack:
             return tensors_identity(opened(stack).part(part)[1])
 
-    return ModelBundle(
+    bundle = ModelBundle(
         **modules,  # type: ignore[arg-type]  # parts that were not asked for are None, as the docstring says
         tokenizer=load_tokenizer(),
         source=name_or_path,
@@ -95,6 +96,28 @@ def load_bundle(
         identify=identify_part,
         **found,
     )
+    stated = bundle.stated
+    bundle.set_prediction(
+        stated.prediction_type or "epsilon",
+        zero_terminal_snr=stated.zero_terminal_snr and stated.prediction_type != "rectified_flow",
+        flow_shift=stated.flow_shift,
+    )
+    return bundle
+
+
+def read_stated(name: str) -> Stated | None:
+    """What a checkpoint says about its prediction type, from its header alone; None where that is not possible.
+
+    Not possible are hub models that are not here yet, and PyTorch files, which would have to be read whole. Raises
+    UserError for what is no SDXL checkpoint at all.
+    """
+    if not Path(name).expanduser().exists() and name != embedded.NAME and hub.looks_like_id(name):
+        return None
+    path = resolve_checkpoint(name)
+    if path.is_file() and path.suffix != ".safetensors":
+        return None
+    with ExitStack() as stack:
+        return open_model(path, half=False, mmap=True, stack=stack, where=name).stated
 
 
 def save_single_file(
@@ -107,8 +130,8 @@ def save_single_file(
     """Write all four parts as one safetensors file in sd-scripts' layout, atomically, tensor by tensor.
 
     Floating-point tensors are cast to `dtype`, or kept as they are. The header gets `metadata`, what tells this
-    architecture from SDXL's, and the prediction type when it is v. Nothing is held twice: renaming and casting
-    happen as the bytes are written.
+    architecture from SDXL's, and the prediction type, which empty marker tensors tell too. Nothing is held twice:
+    renaming and casting happen as the bytes are written.
     """
     _require_whole(bundle, str(path))
     views: list[tuple[str, Mapping[str, torch.Tensor]]] = []
@@ -117,10 +140,10 @@ def save_single_file(
         views.append((PREFIXES[part], part_keymap(bundle.arch, part).view(state, reverse=True)))
         if part == "text_encoder_2" and bundle.logit_scale is not None:
             views.append((PREFIXES[part], {LOGIT_SCALE: bundle.logit_scale}))
+    views.append(("", prediction.markers_of(bundle.prediction_type, bundle.schedule)))
     header = {"format": "pt", **facts_metadata(bundle.arch.facts)}
-    if bundle.prediction_type == "v_prediction":
-        header["modelspec.prediction_type"] = "v"
-    save(joined(views), path, header | dict(metadata or {}), dtype=dtype)
+    said = prediction.header_of(bundle.prediction_type, bundle.schedule)
+    save(joined(views), path, header | dict(metadata or {}) | said, dtype=dtype, checked=True)
 
 
 def save_diffusers(bundle: ModelBundle, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -19,6 +19,7 @@ from library.models.assemble import position_id_keys
 from library.models.bundle import ModelBundle
 from library.models.keymaps.text import TEXT_MODEL, with_text_model
 from library.models.keymaps.vae import modern_key
+from library.models.prediction import Stated, of_scheduler, scheduler_of
 from library.models.tensors import RenamedTensors
 from library.models.tokenizers import write_tokenizer_folder
 
@@ -108,20 +109,18 @@ def read_logit_scale(folder: Path) -> Tensor | None:
         return torch.tensor(float(value), dtype=getattr(torch, dtype))
 
 
-def read_prediction_type(folder: Path) -> str:
-    """ "epsilon" or "v_prediction" as the scheduler's configuration says; "epsilon" when there is none."""
+def read_stated(folder: Path) -> Stated:
+    """What the scheduler's configuration says about prediction type and schedule; nothing when there is none."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        return "epsilon"
+        return Stated()
     try:
-        stated = json.loads(path.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no table")
+    except (OSError, ValueError) as error:
         raise UserError(f"the scheduler's configuration cannot be read ({error})", where=str(path)) from None
-    if stated not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"the model predicts {stated!r}", where=str(path), fix="only epsilon and v_prediction models can be used"
-        )
-    return stated
+    return of_scheduler(config, where=str(path))
 
 
 def write_folder(bundle: ModelBundle, folder: Path, *, dtype: torch.dtype | None) -> None:
@@ -135,8 +134,9 @@ def write_folder(bundle: ModelBundle, folder: Path, *, dtype: torch.dtype | None
         write_tokenizer_folder(temporary / "tokenizer", bundle.tokenizer, pad_token="<|endoftext|>")
         write_tokenizer_folder(temporary / "tokenizer_2", bundle.tokenizer, pad_token="!")
         (temporary / "scheduler").mkdir()
-        _write_json(temporary / "scheduler" / "scheduler_config.json", _scheduler_config(bundle.prediction_type))
-        _write_json(temporary / "model_index.json", _model_index())
+        scheduler = scheduler_of(bundle.prediction_type, bundle.schedule)
+        _write_json(temporary / "scheduler" / "scheduler_config.json", _with_version(scheduler))
+        _write_json(temporary / "model_index.json", _model_index(scheduler["_class_name"]))
 
 
 def _write_part(
@@ -159,7 +159,7 @@ def _write_part(
         if part == "text_encoder_2" and logit_scale is not None:
             value = logit_scale if dtype is None else logit_scale.to(dtype)
             metadata[LOGIT_SCALE] = f"{value.item()!r} {str(value.dtype).removeprefix('torch.')}"
-    save(state, folder / f"{stem}.safetensors", metadata, dtype=dtype)
+    save(state, folder / f"{stem}.safetensors", metadata, dtype=dtype, checked=True)
 
 
 def _today(key: str, part: Part) -> str:
@@ -170,26 +170,13 @@ def _today(key: str, part: Part) -> str:
     return key
 
 
-def _scheduler_config(prediction_type: str) -> dict[str, Any]:
-    """The sampler settings that SDXL is published with."""
+def _with_version(config: dict[str, Any]) -> dict[str, Any]:
     import diffusers
 
-    return {
-        "_class_name": "EulerDiscreteScheduler",
-        "_diffusers_version": diffusers.__version__,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "interpolation_type": "linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": prediction_type,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "use_karras_sigmas": False,
-    }
+    return {"_class_name": config["_class_name"], "_diffusers_version": diffusers.__version__} | config
 
 
-def _model_index() -> dict[str, Any]:
+def _model_index(scheduler_class: str) -> dict[str, Any]:
     import diffusers
 
     index: dict[str, Any] = {
@@ -198,7 +185,7 @@ def _model_index() -> dict[str, Any]:
         "force_zeros_for_empty_prompt": True,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "scheduler": ["diffusers", scheduler_class],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
     }

@@ -1,6 +1,6 @@
 """Tell what a file that is not an SDXL checkpoint is, so that the user learns what to do with it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from library.errors import UserError
 from library.models.arch import PART_NAMES, PREFIXES, Part, SdxlArch
@@ -94,12 +94,3 @@ def require_parts(arch: SdxlArch, parts: Iterable[Part], *, where: str) -> None:
             where=where,
             fix="give an SDXL VAE",
         )
-
-
-def prediction_type(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """ "v_prediction" when the header (modelspec) or a marker tensor says so, else "epsilon".
-
-    Source of the marker: v-prediction models of the SDXL family carry an empty tensor named `v_pred`.
-    """
-    stated = metadata.get("modelspec.prediction_type", "")
-    return "v_prediction" if stated in ("v", "v_prediction") or "v_pred" in keys else "epsilon"

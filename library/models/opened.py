@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.io.checkpoint_file import read_checkpoint
 from library.io.safetensors_file import TensorSource
-from library.models import diffusers_folder, identify
+from library.models import diffusers_folder, identify, prediction
 from library.models.arch import (
     PREFIXES,
     Part,
@@ -25,6 +25,7 @@ from library.models.arch import (
 from library.models.assemble import check_tensors, library_shapes, part_keymap, position_id_keys, stored_shapes
 from library.models.configs import arch_from_configs
 from library.models.keymaps.vae import modern_key, vae_keymap
+from library.models.prediction import Stated
 from library.models.tensors import RenamedTensors, shapes_of, without_prefix
 
 LOGIT_SCALE = "logit_scale"
@@ -37,7 +38,7 @@ class OpenedModel(Protocol):
 
     arch: SdxlArch
     metadata: dict[str, str]
-    prediction_type: str
+    stated: Stated
 
     def tensors(self, part: Part, module: nn.Module) -> Mapping[str, Tensor]:
         """The part's tensors for `module` (which may be on the meta device).
@@ -114,7 +115,7 @@ class _SingleFile:
         self._source, self._where = source, where
         self.metadata = dict(source.metadata)
         self.arch = arch_from_tensors(shapes_of(source), source.metadata, where=where)
-        self.prediction_type = identify.prediction_type(source, source.metadata)
+        self.stated = prediction.of_single_file(source, source.metadata, where=where)
 
     def tensors(self, part: Part, module: nn.Module) -> Mapping[str, Tensor]:
         inner = without_prefix(self._source, PREFIXES[part])
@@ -135,7 +136,7 @@ class _Folder:
         configs = {part: diffusers_folder.read_config(folder) for part, folder in folders.items()}
         self.arch = arch_from_configs(configs, where=where)
         self.metadata: dict[str, str] = {}
-        self.prediction_type = diffusers_folder.read_prediction_type(path)
+        self.stated = diffusers_folder.read_stated(path)
 
     def tensors(self, part: Part, module: nn.Module) -> Mapping[str, Tensor]:
         folder = self._path / diffusers_folder.FOLDERS[part]

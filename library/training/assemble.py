@@ -11,13 +11,15 @@ import torch
 from library.errors import UserError
 from library.log import get_logger
 from library.models import memory
-from library.plugins import load_plugin
 from library.training import early
+from library.training.broken_steps import BrokenSteps, image_name
 from library.training.build_update import build_update
 from library.training.draws import Draws
+from library.training.ema_hook import make_ema
 from library.training.hook_list import hooks as make_hooks
 from library.training.hooks import View
 from library.training.metrics import Meters
+from library.training.objective import Objective
 from library.training.plan import end_text, plan_text, schedule
 from library.training.precision import cast_trained, precision_text, store_frozen, trained_dtype
 from library.training.run import Parts, Run
@@ -42,7 +44,7 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
     run.data.set_length(length.total_steps)
     optimizer = early.optimizer(cfg, groups)
     scheduler = early.scheduler(cfg, optimizer, total_steps=length.total_steps)
-    view = View(Progress(), length.total_steps, length.num_epochs, Meters())
+    view = View(Progress(), length.total_steps, length.num_epochs, _meters(run, length.total_steps))
     update = build_update(
         cfg,
         early.optimizer,
@@ -51,9 +53,12 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
         run_seed=run.seed,
         global_step=lambda: view.progress.global_step,
     )
+    ema = make_ema(cfg, trained)
     state = _state(run, trained, optimizer, scheduler, view)
-    draws = Draws(run.seed, cfg.diffusion.min_timestep, cfg.diffusion.max_timestep)
-    parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state)
+    if ema is not None:
+        state.others["ema"] = ema
+    draws = Draws.of(cfg, run.seed)
+    parts = Parts(trained, step, draws, optimizer, scheduler, update, length, view, state, ema)
     announce = partial(_say_plan, run, parts)
     trainer = Trainer(
         accelerator, step, run.trainable, run.data, draws, update, scheduler, view, make_hooks(run, parts), announce
@@ -82,16 +87,13 @@ def _attach(run: Run) -> tuple[torch.nn.Module, list[ParamGroup]]:
 
 
 def _step(run: Run, trained: torch.nn.Module) -> TrainStep:
-    loss = load_plugin("library.diffusion.losses", run.cfg.diffusion.loss_type)
-    step = TrainStep(
-        run.bundle,
-        run.trainable,
-        trained,
-        elementwise_loss=loss.elementwise,
-        with_text=not run.text_cached,
-        mask_by_area=run.cfg.data.masked_loss_normalize == "area",
-    )
-    return step.train()
+    objective = Objective.of(run.cfg)
+    return TrainStep(run.bundle, run.trainable, trained, objective=objective, with_text=not run.text_cached).train()
+
+
+def _meters(run: Run, total_steps: int) -> Meters:
+    broken = BrokenSteps(has_scaler=run.accelerator.scaler is not None, name_of=partial(image_name, run.data.table))
+    return Meters(run.cfg.loop.log_every_n_steps, total_steps, broken=broken)
 
 
 def _state(run: Run, trained: torch.nn.Module, optimizer: Any, scheduler: Any, view: View) -> TrainingState:
@@ -121,6 +123,4 @@ def _say_plan(run: Run, parts: Parts, seconds_per_step: float | None) -> None:
     end = end_text(seconds_per_step, length.total_steps - parts.view.progress.global_step, now=datetime.now())
     summary = run.data.summary()
     log.info(summary.text())
-    if summary.held_out:
-        log.info("the images held out for validation are not trained on; no validation loss is computed yet")
     log.info(plan_text(summary, parts.optimizer.param_groups, length, batch=batch, precision=precision, end=end))

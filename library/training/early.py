@@ -16,15 +16,19 @@ from library.inference.prompt_line import GenRequest, read_prompt_file
 from library.inference.samplers import make_scheduler
 from library.log import get_logger
 from library.models import attention
+from library.models.prediction import schedule_for
 from library.sizes import Size
-from library.training import build_update
-from library.training.lr import build_scheduler
-from library.training.optim import build_optimizer
+from library.training import build_update, trackers
+from library.training.draws import timestep_table
+from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
+from library.training.objective import Objective
+from library.training.optim import build_optimizer, try_out
 from library.training.state import read_description
 from library.training.trainable import ParamGroup
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
+    from library.training.prediction import Decision
 
 log = get_logger(__name__)
 
@@ -41,9 +45,16 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
             where=f"--output_dir {cfg.save.output_dir}",
             fix="name a folder that you may write to",
         ) from error
+    timestep_table(cfg)
+    Objective.of(cfg)
+    if accelerator.is_main_process:
+        trackers.check(cfg)
     attention.check(xformers=cfg.model.xformers, device=accelerator.device)
-    trial = optimizer(cfg, [{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
-    scheduler(cfg, trial, total_steps=1000)
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=accelerator.device))  # some optimizers take matrices only
+    trial = optimizer(cfg, [{"name": "trial", "params": [weight], "lr": 1.0}])
+    if "." in cfg.optim.optimizer_type:
+        try_out(trial)
+    scheduler(cfg, trial, total_steps=NOT_KNOWN_YET if cfg.loop.max_train_epochs else cfg.loop.max_train_steps)
     build_update.check(cfg, optimizer, num_processes=accelerator.num_processes)
 
 
@@ -59,13 +70,21 @@ def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:
     return chosen[0]
 
 
-def preview_requests(cfg: RunConfig, size: Size) -> list[GenRequest]:
-    """The sample pictures of `--sample_prompts`; those that name no size get `size`."""
+def preview_requests(cfg: RunConfig, size: Size, decision: Decision) -> list[GenRequest]:
+    """The sample pictures of `--sample_prompts`; those that name no size get `size`.
+
+    Where no sampler is named at all, rectified flow is drawn by Euler's method, since euler_a cannot draw it. A sampler
+    that cannot do so many steps, or cannot draw what `decision` trains, is known before the model is loaded.
+    """
     if not cfg.preview.sample_prompts:
         return []
-    requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=cfg.preview.sample_sampler)
-    for request in requests:  # a sampler that cannot do so many steps is known before the model is loaded
-        make_scheduler(request.sampler, prediction_type="epsilon", steps=request.steps)
+    kind = decision.prediction_type
+    plain_flow = kind == "rectified_flow" and not cfg.is_given("sample_sampler")
+    sampler = "euler" if plain_flow else cfg.preview.sample_sampler
+    requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=sampler)
+    table = schedule_for(kind, zero_terminal_snr=decision.zero_terminal_snr, flow_shift=decision.flow_shift)
+    for request in requests:
+        make_scheduler(request.sampler, prediction_type=kind, steps=request.steps, schedule=table)
     return requests
 
 
@@ -73,7 +92,7 @@ def optimizer(cfg: RunConfig, groups: Sequence[ParamGroup]) -> torch.optim.Optim
     """The run's optimizer over `groups`."""
     return build_optimizer(
         groups,
-        optimizer_type="AdamW8bit" if cfg.optim.use_8bit_adam else cfg.optim.optimizer_type,
+        optimizer_type=cfg.optim.optimizer_type,
         learning_rate=cfg.optim.learning_rate,
         arguments=cfg.optim.optimizer_kwargs(),
     )
@@ -81,12 +100,4 @@ def optimizer(cfg: RunConfig, groups: Sequence[ParamGroup]) -> torch.optim.Optim
 
 def scheduler(cfg: RunConfig, of: torch.optim.Optimizer, *, total_steps: int) -> Any:
     """The run's learning-rate schedule over `total_steps` optimizer steps."""
-    return build_scheduler(
-        of,
-        name=cfg.optim.lr_scheduler,
-        total_steps=total_steps,
-        warmup=cfg.optim.lr_warmup_steps,
-        num_cycles=cfg.optim.lr_scheduler_num_cycles,
-        power=cfg.optim.lr_scheduler_power,
-        arguments=cfg.optim.scheduler_kwargs(),
-    )
+    return build_scheduler(of, lr_settings(cfg.optim), total_steps=total_steps)

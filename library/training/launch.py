@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.log import get_logger
 from library.training import early
 from library.training.assemble import assemble
+from library.training.optim import check_resumed, noted_classes
 from library.training.precision import fp16_gradient_scaler
 from library.training.prepare import prepare
 from library.training.state import Progress, TrainingState
@@ -49,6 +50,8 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     finally:
         trainer.data.close()
     accelerator.end_training()
+    if trainer.view.failure is not None:
+        raise trainer.view.failure
     return trainer.view.progress
 
 
@@ -72,7 +75,9 @@ def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer
         return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
 
     asked = rates()
+    built = noted_classes(optimizer)
     sentences = state.load(folder)
+    check_resumed(optimizer, built, where=f"--resume {folder}")
     if rates() != asked:
         sentences.append(
             f"the learning rates are the state's {rates()}, not {asked} of this run; to change them, start from its "

@@ -44,10 +44,25 @@ SAME_NAME = (
     "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate",
     "loss_type",
+    "huber_schedule",
+    "huber_scale",
+    "huber_c",
+    "min_snr_gamma",
+    "noise_offset",
+    "noise_offset_random_strength",
+    "adaptive_noise_scale",
+    "multires_noise_iterations",
+    "multires_noise_discount",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
     "resize_interpolation",
     "prior_loss_weight",
     "validation_seed",
     "validation_split",
+    "zero_terminal_snr",
+    "max_validation_steps",
+    "validate_every_n_epochs",
+    "validate_every_n_steps",
 )
 
 
@@ -56,23 +71,7 @@ NOT_USED = {
     f"ss_{name}": value
     for name, value in {
         "lowram": False,
-        "noise_offset": None,
-        "noise_offset_random_strength": False,
-        "adaptive_noise_scale": None,
-        "multires_noise_iterations": None,
-        "multires_noise_discount": None,
-        "ip_noise_gamma": None,
-        "ip_noise_gamma_random_strength": False,
-        "zero_terminal_snr": False,
-        "min_snr_gamma": None,
-        "debiased_estimation": False,
         "scale_weight_norms": None,
-        "huber_schedule": None,
-        "huber_scale": None,
-        "huber_c": None,
-        "max_validation_steps": None,
-        "validate_every_n_epochs": None,
-        "validate_every_n_steps": None,
     }.items()
 }
 
@@ -117,6 +116,7 @@ def network_metadata(
     values |= {
         "ss_face_crop_aug_range": None if span is None else tuple(span),
         "ss_text_encoder_lr": (text_lr[0] if len(text_lr) == 1 else list(text_lr)) if text_lr else None,
+        "ss_debiased_estimation": flat["debiased_estimation_loss"],
         "ss_session_id": run.session_id,
         "ss_training_started_at": run.started_at,
         "ss_seed": run.seed,

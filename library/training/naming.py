@@ -34,6 +34,10 @@ class Names:
         """Path of the model file with this stem."""
         return self.output_dir / f"{stem}{self.extension}"
 
+    def ema_beside(self, model: Path) -> Path:
+        """Path of the averaged weights that belong to a model file."""
+        return model.with_name(f"{model.name.removesuffix(self.extension)}-ema{self.extension}")
+
     def state(self, stem: str) -> Path:
         """Path of the training state folder with this stem."""
         return self.output_dir / f"{stem}-state"

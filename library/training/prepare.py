@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from library.config.dataset_file import dataset_specs
 from library.data.cache_places import index_folder
 from library.data.dataset import build_train_data
-from library.errors import UserError
 from library.inference import encode_pass
 from library.inference import launch as inference
 from library.inference.texts import TextForm
@@ -19,14 +18,13 @@ from library.log import get_logger
 from library.models import arch, attention, checkpoint, memory
 from library.models.families import sdxl
 from library.models.tokenizers import load_tokenizer
-from library.training import early
+from library.training import early, prediction
 from library.training.precision import trained_dtype, weight_dtype
 from library.training.run import Run
 from library.training.trainable import PART_MODULES, Trainable
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
-    from library.models.bundle import ModelBundle
 
 log = get_logger(__name__)
 
@@ -35,7 +33,7 @@ def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> R
     """Data, previews and base model, checked in the order of what costs least; caches are built."""
     seed = early.agreed_seed(cfg, accelerator)
     specs = dataset_specs(cfg)
-    previews = early.preview_requests(cfg, specs[0].resolution)
+    previews = early.preview_requests(cfg, specs[0].resolution, prediction.early_decision(cfg))
     tokenizer, max_token_length, weighted = load_tokenizer(), cfg.model.max_token_length, cfg.model.weighted_captions
     data = build_train_data(
         specs,
@@ -63,7 +61,7 @@ def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> R
             disable_mmap=cfg.model.disable_mmap_load_safetensors,
         )
     trainable.prepare(bundle, seed=seed)
-    _check_prediction_type(cfg, bundle)
+    prediction.settle(cfg, bundle)
     memory.configure_vae(bundle.vae, slicing=cfg.model.vae_slicing, tiling=cfg.model.vae_tiling)
     attention.configure(bundle.unet, xformers=cfg.model.xformers, device=accelerator.device)
     run = Run(cfg, accelerator, trainable, seed, data, bundle, previews=previews)
@@ -75,19 +73,6 @@ def _part_dtypes(cfg: RunConfig, trainable: Trainable) -> dict[arch.Part, torch.
     """The parts that do not have the dtype of frozen weights: what trains, and a VAE that must not be halved."""
     dtypes: dict[arch.Part, torch.dtype] = {PART_MODULES[part]: trained_dtype(cfg) for part in trainable.owns}
     return dtypes | ({"vae": torch.float32} if cfg.model.no_half_vae else {})
-
-
-def _check_prediction_type(cfg: RunConfig, bundle: ModelBundle) -> None:
-    wanted = "v_prediction" if cfg.model.v_parameterization else None
-    if wanted and bundle.prediction_type != wanted:
-        log.info("training with v-prediction, as --v_parameterization says")
-        bundle.prediction_type = wanted
-    elif bundle.prediction_type == "v_prediction" and not cfg.model.v_parameterization:
-        raise UserError(
-            "the checkpoint is a v-prediction model",
-            where=f"--pretrained_model_name_or_path {cfg.model.pretrained_model_name_or_path}",
-            fix="add --v_parameterization",
-        )
 
 
 def text_form(cfg: RunConfig) -> TextForm:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from PIL import Image
 
 from library.errors import UserError
 from library.inference import launch as inference
-from library.inference.prompt_line import GenRequest
+from library.inference.prompt_line import MAX_SEED, GenRequest
 from library.inference.texts import TextForm
+from library.inference.writer import png_text, save_png
 from library.log import get_logger
+from library.seeds import derive_seed
+from library.training.contact_sheet import ContactSheet, Place
 from library.training.hooks import Event, View
+from library.training.requests import SAMPLE
 
 if TYPE_CHECKING:
     from library.models.bundle import ModelBundle
@@ -27,6 +33,8 @@ log = get_logger(__name__)
 def is_due(event: Event, view: View, settings: Any) -> bool:
     """Whether `event` makes sample pictures; a period in epochs switches the period in steps off, as in sd-scripts."""
     progress = view.progress
+    if event is Event.STEP and SAMPLE in view.requested:
+        return True
     if event is Event.START:
         return settings.sample_at_first and progress.global_step == 0
     if event is Event.EPOCH and settings.sample_every_n_epochs:
@@ -44,18 +52,28 @@ def file_name(event: Event, view: View, *, name: str | None, index: int, seed: i
     return f"{prefix}{moment}_{index:02d}_{stamp}{'' if seed is None else f'_{seed}'}.png"
 
 
+def with_fixed_seeds(requests: Sequence[GenRequest], run_seed: int) -> list[GenRequest]:
+    """The requests with a seed for each that names none, so that its pictures of one run are comparable."""
+    return [
+        request if request.seed is not None else replace(request, seed=_seed(run_seed, number))
+        for number, request in enumerate(requests)
+    ]
+
+
+def _seed(run_seed: int, number: int) -> int:
+    return derive_seed(run_seed, "sample picture", number) % (MAX_SEED + 1)
+
+
 @dataclass
 class PreviewHook:
-    """Generates the prompts of `--sample_prompts` with the weights as they are.
+    """Generates the prompts of `--sample_prompts`.
 
-    trained: the module that owns the trained parameters; it leaves training mode for the pictures, or its dropout would
-    show in them. conditioning: the encoded prompts when the text encoders do not change, else None (encoded anew each
-    time). enabled: whether this process makes the pictures; the others wait for it. Pictures draw from generators of
-    their own, so that training numbers do not depend on them.
+    conditioning: the encoded prompts when the text encoders do not change, else None (encoded anew each time). scope:
+    the state in which the run is judged; nothing that training computes depends on the pictures. sheet: shows them all,
+    or None. enabled: whether this process makes the pictures; the others wait for it.
     """
 
     bundle: ModelBundle
-    trained: nn.Module
     requests: Sequence[GenRequest]
     conditioning: Any
     settings: Any
@@ -63,38 +81,43 @@ class PreviewHook:
     name: str | None
     device: torch.device
     text_form: TextForm
+    scope: Callable[[], AbstractContextManager]
     wait: Callable[[], None]
+    sheet: ContactSheet | None = None
     enabled: bool = True
 
     def __call__(self, event: Event, view: View) -> None:
+        if event is Event.START and self.sheet is not None and self.enabled:
+            self.sheet.take_up(view.progress.global_step)
         if is_due(event, view, self.settings):
             if self.enabled:
                 self._make(event, view)
             self.wait()
 
     def _make(self, event: Event, view: View) -> None:
-        parts = (self.bundle.unet, self.bundle.text_encoder_1, self.bundle.text_encoder_2, self.trained)
-        modules = [module for module in parts if module is not None]
-        was_training = [module.training for module in modules]
         stamp = time.strftime("%Y%m%d%H%M%S")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for module in modules:
-                module.eval()
-            with torch.no_grad():
-                pictures = inference.generate(
-                    self.bundle,
-                    self.requests,
-                    device=self.device,
-                    conditioning=self.conditioning,
-                    text_form=self.text_form,
-                )
-                for index, (request, picture) in enumerate(pictures):
-                    target = file_name(event, view, name=self.name, index=index, seed=request.seed, stamp=stamp)
-                    picture.save(self.folder / target)
+            with self.scope():
+                for index, (request, picture) in enumerate(self._pictures()):
+                    seed = self.requests[index].seed
+                    target = file_name(event, view, name=self.name, index=index, seed=seed, stamp=stamp)
+                    place = Place(view.progress.global_step, index)
+                    save_png(picture, self.folder / target, png_text(request) | place.text())
+                    if self.sheet is not None:
+                        self.sheet.add(place, picture)
+            if self.sheet is not None:
+                self.sheet.write()
         except (RuntimeError, ValueError, OSError, UserError) as error:
             # A picture is never worth the run: memory or disk may be short only now.
             log.warning(f"no sample pictures this time: {error}")
-        finally:
-            for module, training in zip(modules, was_training, strict=True):
-                module.train(training)
+
+    def _pictures(self) -> Iterator[tuple[GenRequest, Image.Image]]:
+        # Seeds that are not fixed are drawn here and not where the picture is, so that the file can tell them.
+        requests = [
+            request if request.seed is not None else replace(request, seed=secrets.randbelow(MAX_SEED + 1))
+            for request in self.requests
+        ]
+        return inference.generate(
+            self.bundle, requests, device=self.device, conditioning=self.conditioning, text_form=self.text_form
+        )

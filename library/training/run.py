@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from library.data.dataset import TrainData
 from library.training.draws import Draws
+from library.training.ema import Ema
 from library.training.hooks import View
 from library.training.plan import Schedule
 from library.training.state import TrainingState
@@ -45,7 +46,7 @@ class Parts:
     """What a run trains and steps, put together for its hooks.
 
     trained: the module that owns the trained parameters. step: the wrapped `TrainStep`.
-    length: how many steps and epochs. state: all that is saved for --resume.
+    length: how many steps and epochs. state: all that is saved for --resume. ema: the average of the trained weights.
     """
 
     trained: torch.nn.Module
@@ -57,3 +58,4 @@ class Parts:
     length: Schedule
     view: View
     state: TrainingState
+    ema: Ema | None = None

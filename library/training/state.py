@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from library.errors import UserError
 from library.io.atomic import atomic_folder
+from library.io.read_back import check_archive
 from library.io.safetensors_file import TensorReader, save
 
 FORMAT = 1
@@ -32,6 +33,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
         """Take over what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A Stateful that a run can go on without: what it holds can begin anew."""
+
+    def start_anew(self) -> str:
+        """Begin anew with what else was loaded, and say so in a sentence."""
         ...
 
 
@@ -97,12 +107,16 @@ class TrainingState:
     others: dict[str, Stateful]
 
     def save(self, folder: Path) -> None:
-        """Write all parts into a folder that appears whole; an older folder of that name is replaced."""
+        """Write all parts into a folder that appears whole; an older folder of that name is replaced.
+
+        Every part is read back and compared before that. Raises UserError or OSError when it cannot be written.
+        """
         with atomic_folder(folder) as partial:
             tensors = {name: value.detach().contiguous() for name, value in self.trained.state_dict().items()}
-            save(tensors, partial / "trained.safetensors", {})
+            save(tensors, partial / "trained.safetensors", {}, checked=True)
             for name, owner in self.others.items():
                 torch.save(dict(owner.state_dict()), partial / f"{name}.pt")
+                check_archive(partial / f"{name}.pt")
             description = {"format": FORMAT, "progress": asdict(self.progress), "facts": asdict(self.facts)}
             (partial / "state.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
@@ -123,8 +137,13 @@ class TrainingState:
         for name, owner in self.others.items():
             part = folder / f"{name}.pt"
             if not part.exists():
+                if isinstance(owner, Renewable):
+                    sentences.append(owner.start_anew())
+                    continue
                 raise UserError(f"{part.name} is missing", where=f"--resume {folder}", fix="resume from another state")
             _load_into(owner, torch.load(part, map_location="cpu", weights_only=True), where=str(part))
+        if (folder / "ema.pt").exists() and "ema" not in self.others:
+            sentences.append("the average of the weights in the state is left behind, without --use_ema")
         vars(self.progress).update(description["progress"])
         return sentences + self._check_facts(RunFacts(**description["facts"]))
 

@@ -14,6 +14,8 @@ from library.data.types import Batch, StepGroup
 from library.seeds import derive_seed
 from library.training.draws import Draws
 from library.training.hooks import Event, Hook, View
+from library.training.metering import StepTally
+from library.training.optim import effective_rates
 from library.training.state import Progress
 from library.training.trainable import Trainable
 from library.training.update import Update
@@ -50,7 +52,7 @@ class Trainer:
         progress, view = self.view.progress, self.view
         started = False
         while progress.global_step < view.total_steps and not view.stop:
-            for group in self._groups(progress):
+            for group in view.clock.timed(self._groups(progress)):
                 if not started:
                     self.announce(self._seconds_per_step(group))
                     self._fire(Event.START)
@@ -96,32 +98,35 @@ class Trainer:
         """The micro-batches of one optimizer step, the update, the meters, the hooks."""
         progress = self.view.progress
         world = self.accelerator.num_processes
-        loss_sum, not_finite = torch.zeros(2, device=self.accelerator.device)
+        tally = StepTally(self.accelerator.device, self.update.skipped)
         for index, batch in enumerate(group.micro_batches):
             self._seed_dropout(index)
             with self._no_sync_unless_last(index, group):
-                draw = self._draw(batch)
-                out = self.step(batch.to(self.accelerator.device), draw.to(self.accelerator.device))
+                draw = self._draw(batch).to(self.accelerator.device)
+                out = self.step(batch.to(self.accelerator.device), draw)
                 # DDP averages over ranks: times world makes the gradient that of the mean over the group's samples.
                 share = batch.num_real / group.samples
-                self.accelerator.backward(out.loss * (share * world))
-            loss_sum = loss_sum + out.loss.detach() * share
-            not_finite = not_finite + out.not_finite
+                # 0 * loss is NaN when the loss is not finite, and then so is every gradient of every rank: the update
+                # leaves such a step out, and nothing has to be read from the device for it.
+                self.accelerator.backward(out.loss * (share * world + 0.0 * out.loss.detach()))
+            tally.add(batch, draw.t_B, out, share=share)
         norm = self.update()
-        rates = self.scheduler.get_last_lr()
+        rates, groups = self.scheduler.get_last_lr(), self.update.optimizer.param_groups
+        lr = {f"lr/{group['name']}": rate for group, rate in zip(groups, rates, strict=True)} | effective_rates(groups)
         self.scheduler.step()
-        loss_sum, not_finite = self._over_ranks(torch.stack([loss_sum, not_finite]))
-        scalars = {"loss": loss_sum, "grad_norm": norm, "not_finite": not_finite, **self.trainable.after_step()}
+        tally.sums = self._over_ranks(tally.sums)
+        scalars = tally.scalars(norm, self.update.skipped) | dict(self.trainable.after_step())
         progress.advance(group.samples)
         facts = {"step": progress.global_step, "epoch": progress.epoch + 1}
-        names = [group["name"] for group in self.update.optimizer.param_groups]
-        self.view.meters.update({**facts, **{f"lr/{n}": r for n, r in zip(names, rates, strict=True)}}, scalars)
+        self.view.meters.update({**facts, **lr}, scalars, tally)
         self._fire(Event.STEP)
 
     def _draw(self, batch: Batch):
         cached = batch.latents_B4hw is not None
         shape = (self.latent_channels, batch.bucket.h // 8, batch.bucket.w // 8)
-        return self.draws.make(batch.keys, self.view.progress.epoch, latent_shape=shape, posterior=not cached)
+        return self.draws.make(
+            batch.keys, self.view.progress.epoch, latent_shape=shape, posterior=not cached, places=batch.places
+        )
 
     def _seed_dropout(self, micro: int) -> None:
         """Module dropout has no per-sample generator, so it is reseeded for every micro-batch of every rank."""

@@ -30,7 +30,7 @@ log = get_logger(__name__)
 
 
 class ModelWriter:
-    """Called as `writer(path, view)`: exports the trainable, completes the metadata, writes atomically.
+    """Called as `writer(path, view)`: exports the trainable, completes the metadata, writes atomically, reads back.
 
     metadata: the ss_* part that does not change while training. The hashes of the base model's files are computed
     behind the first steps, because reading a checkpoint of 7 GB whole would hold the start up by half a minute.
@@ -68,7 +68,8 @@ class ModelWriter:
         )
         spec = modelspec(self.cfg, "lora", self.prediction_type)
         hashes = hashing.network_hashes(artifact.tensors, training)
-        save(artifact.tensors, path, {**training, **spec, "sshs_model_hash": hashes[0], "sshs_legacy_hash": hashes[1]})
+        spec |= {"sshs_model_hash": hashes[0], "sshs_legacy_hash": hashes[1]}
+        save(artifact.tensors, path, {**training, **spec}, checked=True)
         log.info(f"saved {path}")
 
 

@@ -27,7 +27,7 @@ UNFINISHED = {
 }
 # Distribution of requirements.txt -> name that is imported, where they differ.
 IMPORTED_AS = {"pillow": "PIL", "opencv-python-headless": "cv2", "lycoris-lora": "lycoris"}
-OPTIONAL = {"xformers", "lycoris"}
+OPTIONAL = {"xformers", "lycoris", "wandb"}
 PART_OF = {"pydantic_core": "pydantic"}  # a package that pins another one of its own
 
 

@@ -20,6 +20,7 @@ OTHER_DEFAULTS = {
     "max_token_length": "75 is what unset means there",
     "min_timestep": "0 is what unset means there",
     "max_timestep": "1000 is what unset means there",
+    "timestep_sampling": "only for other models there",
     "text_encoder_batch_size": "only for other models there",
 }
 
@@ -65,8 +66,6 @@ def test_files_of_other_programs_are_full_of_defaults(run_toml, toml_text):
 @pytest.mark.parametrize(
     ("argv", "what"),
     [
-        (["--noise_offset", "0.1"], "--noise_offset is not supported yet"),
-        (["--zero_terminal_snr"], "--zero_terminal_snr is not supported yet"),
         (["--base_weights", "a", "b"], "--base_weights is not supported yet"),
         (["--t5xxl=a"], "--t5xxl only acts for other model families"),
         (["--v2"], "--v2 is for Stable Diffusion 2"),

@@ -20,7 +20,7 @@ def test_all_problems_are_reported_together(run_toml, tmp_path):
         "pretrained_model_name_or_path = 'missing.safetensors'\n"
         "learning_rate = 'abc'\n"
         "lerning_rate_2 = 1\n"
-        "noise_offset = 0.1\n"
+        "deepspeed = true\n"
         "network_train_unet_only = true\n"
         "network_train_text_encoder_only = true\n"
         "dataset_config = 'data.toml'\n"
@@ -30,7 +30,7 @@ def test_all_problems_are_reported_together(run_toml, tmp_path):
     found = [(problem.what, problem.where) for problem in _problems(run_toml, text, "--network_dim", "x")]
     expected = {
         "lerning_rate_2 is not an option": "run.toml line 3",
-        "noise_offset is not supported yet": "run.toml line 4",
+        "deepspeed is not supported yet": "run.toml line 4",
         'learning_rate = "abc" must be a number': "run.toml line 2",
         'network_dim = "x" must be a whole number': "command line",
         "network_train_unet_only and network_train_text_encoder_only leave nothing to train": (
@@ -82,12 +82,13 @@ def test_unknown_names_get_a_suggestion(run_toml, toml_text, key, near):
         ("network_args = ['conv_dim']", "not of the form key=value", ""),
         ("text_encoder_lr = [1e-4, 1e-4, 1e-4]", "two text encoders", ""),
         ("text_encoder_lr = ['a']", "must be an array of numbers", ""),
-        ("optimizer_type = 'Prodigy'", "is not supported yet", ""),
+        ("optimizer_type = 'AdamWScheduleFre'", "did you mean AdamWScheduleFree?", ""),
         ("optimizer_type = 'AdmW'", "did you mean AdamW?", ""),
-        ("lr_scheduler = 'inverse_sqrt'", '"inverse_sqrt" is not supported yet; available: constant', ""),
+        ("lr_scheduler_type = 'StepRL'", "did you mean StepLR?", ""),
+        ("lr_scheduler_type = 'torch.optim.'", "is not a scheduler class", ""),
+        ("lr_scheduler_timescale = 0", "must be at least 1", ""),
         ("lr_scheduler = 'sinus'", 'lr_scheduler = "sinus" is not one of: constant', ""),
         ("loss_type = 'hubber'", "is not one of: ", ""),
-        ("log_with = 'wandb'", "is not supported yet", ""),
         ("save_model_as = 'ckpt'", "only safetensors", ""),
         ("mixed_precision = 'fp8'", "is not one of: no, fp16, bf16", ""),
         ("caption_dropout_rate = 1.5", "must be at most 1", ""),

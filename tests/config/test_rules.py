@@ -8,6 +8,18 @@ from library.errors import UserError
 
 TRAINER_CASES = [
     ("model_is_named", {"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path is missing"),
+    (
+        "one_prediction_type",
+        {"prediction_type": "epsilon", "v_parameterization": True},
+        "name two prediction types",
+    ),
+    (
+        "flow_has_no_terminal_snr",
+        {"prediction_type": "rectified_flow", "zero_terminal_snr": True},
+        "zero_terminal_snr cannot act on rectified flow",
+    ),
+    ("only_flow_is_shifted", {"prediction_type": "epsilon", "flow_shift": 3.0}, "not on epsilon"),
+    ("only_flow_is_shifted", {"v_parameterization": True, "flow_shift": 3.0}, "not on v_prediction"),
     ("data_is_named", {"train_data_dir": ""}, "there is no data"),
     ("latents_are_cached", {"cache_latents_moments": True}, "cache_latents_moments needs cache_latents"),
     ("latents_are_cached", {"cache_in_background": True}, "cache_in_background needs cache_latents"),
@@ -21,15 +33,62 @@ TRAINER_CASES = [
     ),
     ("timesteps_are_left", {"min_timestep": 500, "max_timestep": 500}, "no timestep is left"),
     (
+        "bias_has_timesteps",
+        {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0, "max_timestep": 750},
+        "favours none of the timesteps 0 to 749",
+    ),
+    (
+        "bias_has_timesteps",
+        {"timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 2.0, "max_timestep": 250},
+        "favours all of the timesteps 0 to 249",
+    ),
+    (
+        "bias_has_timesteps",
+        {"timestep_bias_strategy": "range", "timestep_bias_begin": 300, "timestep_bias_end": 200},
+        "favours none of the timesteps 0 to 999",
+    ),
+    ("adaptive_scale_has_an_offset", {"adaptive_noise_scale": 0.1}, "adaptive_noise_scale needs noise_offset"),
+    ("one_weighting", {"min_snr_gamma": 5.0, "p2_gamma": 1.0}, "min_snr_gamma and p2_gamma are different weightings"),
+    ("v_like_loss_is_for_noise", {"v_pred_like_loss": 0.5, "v_parameterization": True}, "a model that predicts noise"),
+    (
         "metadata_has_no_regularisation",
         {"in_json": __file__, "reg_data_dir": "reg"},
         "in_json and reg_data_dir cannot be used together",
     ),
     ("one_optimizer", {"use_8bit_adam": True, "optimizer_type": "AdamW"}, "name two optimizers"),
+    ("one_optimizer", {"use_8bit_adam": True, "use_lion_optimizer": True}, "name two optimizers"),
+    ("one_optimizer", {"use_lion_optimizer": True, "optimizer_type": "Lion8bit"}, "name two optimizers"),
     ("constant_has_no_warmup", {"lr_warmup_steps": 10}, "constant has no warm-up"),
+    ("classes_have_no_warmup", {"lr_scheduler_type": "StepLR", "lr_warmup_steps": 10}, "no warm-up of its own"),
     ("piecewise_needs_rules", {"lr_scheduler": "piecewise_constant"}, "needs step_rules"),
-    ("schedulers_that_are_not_there", {"lr_scheduler_min_lr_ratio": 0.1}, "not supported yet"),
-    ("schedulers_that_are_not_there", {"lr_decay_steps": 10}, "not supported yet"),
+    ("floor_is_given", {"lr_scheduler": "cosine_with_min_lr"}, "needs a floor"),
+    (
+        "floor_is_given",
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1, "lr_scheduler_args": ["min_lr=1e-6"]},
+        "names its floor 2 times",
+    ),
+    ("adafactor_sets_the_rate", {"lr_scheduler": "adafactor"}, "only with the relative steps of Adafactor"),
+    (
+        "adafactor_sets_the_rate",
+        {"lr_scheduler": "adafactor", "optimizer_type": "Adafactor", "optimizer_args": ["relative_step=False"]},
+        "only with the relative steps of Adafactor",
+    ),
+    (
+        "one_rate_for_all",
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "text_encoder_lr": [0.5]},
+        "takes one learning rate",
+    ),
+    (
+        "one_rate_for_all",
+        {"optimizer_type": "prodigyopt.Prodigy", "network_train_unet_only": False, "unet_lr": 1.0},
+        "takes one learning rate",
+    ),
+    ("one_rate_for_all", {"optimizer_type": "DAdaptLion", "text_encoder_lr": [1.0, 0.5]}, "takes one learning rate"),
+    (
+        "d_adapt_sgd_starts_at_full_rate",
+        {"optimizer_type": "DAdaptSGD", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.1},
+        "rate 0 of a warm-up",
+    ),
     (
         "something_is_trained",
         {"network_train_unet_only": True, "network_train_text_encoder_only": True},
@@ -67,6 +126,15 @@ TRAINER_CASES = [
         {"sample_at_first": True, "sample_every_n_epochs": 5},
         "sample_every_n_epochs and sample_at_first need sample_prompts",
     ),
+    ("samples_need_prompts", {"sample_grid": True}, "sample_grid needs sample_prompts"),
+    ("validation_needs_images", {"validate_every_n_steps": 5}, "cannot act: no images are held out"),
+    (
+        "validation_timesteps_fit",
+        {"validation_split": 0.1, "min_timestep": 10, "max_timestep": 12, "validation_timesteps": 3},
+        "there are only 2 timesteps",
+    ),
+    ("ema_is_kept", {"ema_decay": 0.9, "save_ema": "only"}, "ema_decay and save_ema cannot act without use_ema"),
+    ("ema_decays_are_in_order", {"use_ema": True, "ema_decay": 0.9, "ema_min_decay": 0.95}, "above ema_decay"),
 ]
 FULL_CASES = [
     (
@@ -88,6 +156,8 @@ GENERATOR_CASES = [
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     ("networks_match", {"network_module": ["networks.lora"]}, "names 1 and network_weights 0"),
     ("networks_match", {"network_mul": [0.5]}, "network_mul has more values"),
+    ("one_prediction_type", {"prediction_type": "epsilon", "v_parameterization": True}, "two prediction types"),
+    ("only_flow_is_shifted", {"prediction_type": "epsilon", "flow_shift": 3.0}, "not on epsilon"),
     ("networks_match", {"network_merge": True}, "no network to merge"),
 ]
 
@@ -142,10 +212,25 @@ def test_every_rule_has_a_case():
         {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "caption_dropout_rate": 0.1},
         {"use_8bit_adam": True},
         {"use_8bit_adam": True, "optimizer_type": "AdamW8bit"},
+        {"use_lion_optimizer": True},
+        {"optimizer_type": "Adafactor", "lr_scheduler": "adafactor"},
+        {"optimizer_type": "AdamWScheduleFree", "lr_warmup_steps": 10, "lr_scheduler": "cosine_with_min_lr"},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "text_encoder_lr": [0.5], "network_train_unet_only": True},
+        {"optimizer_type": "Prodigy", "unet_lr": 1.0, "text_encoder_lr": [1.0]},
+        {"optimizer_type": "ProdigyPlusScheduleFree", "unet_lr": 1.0, "text_encoder_lr": [0.5]},
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": ["min_lr=1e-6"], "lr_warmup_steps": 10},
+        {"lr_scheduler": "rex", "lr_scheduler_min_lr_ratio": 0.1, "lr_warmup_steps": "10%"},
         {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.1},
         {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ['step_rules="1:10,0.1"']},
         {"min_timestep": 499, "max_timestep": 500},
+        {"timestep_bias_strategy": "earlier", "timestep_bias_multiplier": 2.0, "max_timestep": 251},
+        {"timestep_bias_strategy": "range", "timestep_bias_begin": 999, "timestep_bias_multiplier": 0.5},
+        {"adaptive_noise_scale": 0, "min_snr_gamma": 0, "soft_min_snr_gamma": 0, "p2_gamma": 1},
+        {"adaptive_noise_scale": -0.1, "noise_offset": 0.1, "snr_gamma": 5, "input_perturbation": 0.1},
         {"sample_every_n_steps": 0},
+        {"validation_split": 0.1, "validate_every_n_steps": 5, "max_validation_steps": 2},
+        {"min_timestep": 10, "max_timestep": 12},
+        {"use_ema": True, "ema_update_interval": 10, "ema_device": "cpu", "save_ema": "last"},
         {"random_crop": True},
         {"full_bf16": True, "mixed_precision": "bf16", "stochastic_rounding": False},
         {"full_fp16": True, "mixed_precision": "fp16"},
@@ -209,8 +294,47 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
     ("changes", "start"),
     [
         ({"clip_skip": 2}, "clip_skip is only recorded"),
+        ({"use_ema": True, "ema_power": 0.75}, "ema_power has no effect"),
+        ({"use_ema": True, "optimizer_type": "AdamWScheduleFree"}, "use_ema averages the points"),
+        ({"use_ema": True, "save_ema": "none"}, "use_ema has no effect on any file"),
         ({"max_train_steps": 10, "max_train_epochs": 1}, "max_train_steps is ignored"),
         ({"lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles has no effect"),
+        ({"lr_scheduler_power": 2.0, "lr_scheduler": "cosine"}, "lr_scheduler_power has no effect"),
+        ({"lr_scheduler_timescale": 7}, "lr_scheduler_timescale has no effect"),
+        ({"lr_scheduler_min_lr_ratio": 0.1, "lr_scheduler": "cosine"}, "lr_scheduler_min_lr_ratio has no effect"),
+        ({"lr_decay_steps": 5, "lr_scheduler_type": "StepLR"}, "lr_decay_steps has no effect"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_type": "LinearLR"}, "lr_scheduler is ignored"),
+        ({"lr_scheduler": "warmup_stable_decay"}, "lr_scheduler warmup_stable_decay never decays"),
+        ({"optimizer_type": "Adafactor", "lr_scheduler": "cosine"}, "lr_scheduler has no effect: Adafactor"),
+        ({"optimizer_type": "Adafactor", "lr_decay_steps": 5}, "lr_decay_steps has no effect: Adafactor"),
+        ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"}, "lr_scheduler has no effect: AdamW"),
+        ({"optimizer_type": "SGDScheduleFree", "lr_warmup_steps": 5}, "lr_warmup_steps has no effect: SGD"),
+        ({"optimizer_type": "pytorch_optimizer.ScheduleFreeAdamW", "lr_scheduler": "linear"}, "lr_scheduler has no"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1e-4}, "learning rate 0.0001 is low for Prodigy"),
+        ({"optimizer_type": "DAdaptation", "learning_rate": 0.1}, "learning rate 0.1 is low for DAdaptation"),
+        (
+            {"optimizer_type": "Prodigy", "lr_scheduler": "cosine", "lr_warmup_steps": 5},
+            "Prodigy may overestimate its step size",
+        ),
+        (
+            {"optimizer_type": "Prodigy", "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2},
+            "restarts are known to fail with Prodigy",
+        ),
+        ({"optimizer_type": "SGDNesterov8bit"}, "SGDNesterov8bit makes steps of plain momentum"),
+        ({"huber_c": 0.2}, "huber_c has no effect: it acts with loss_type huber or smooth_l1"),
+        ({"noise_offset_random_strength": True}, "noise_offset_random_strength has no effect"),
+        ({"multires_noise_discount": 0.5}, "multires_noise_discount has no effect"),
+        ({"ip_noise_gamma_random_strength": True}, "ip_noise_gamma_random_strength has no effect"),
+        ({"logit_mean": 0.5}, "logit_mean has no effect"),
+        ({"timestep_bias_multiplier": 2.0}, "timestep_bias_multiplier has no effect"),
+        ({"timestep_bias_strategy": "later"}, "timestep_bias_strategy has no effect: timestep_bias_multiplier is 1"),
+        ({"timestep_bias_strategy": "later", "timestep_bias_end": 9}, "timestep_bias_end has no effect"),
+        (
+            {"timestep_bias_strategy": "range", "timestep_bias_begin": 9, "timestep_bias_portion": 0.5},
+            "timestep_bias_portion has no effect",
+        ),
+        ({"p2_k": 2.0}, "p2_k has no effect"),
+        ({"dream_detail_preservation": 2.0}, "dream_detail_preservation has no effect"),
         ({"network_train_unet_only": True, "text_encoder_lr": [1e-4]}, "text_encoder_lr has no effect"),
         ({"network_train_text_encoder_only": True, "unet_lr": 1e-4}, "unet_lr has no effect"),
         ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, "save_every_n_epochs is ignored"),
@@ -234,6 +358,45 @@ def test_sampling_by_epochs_takes_the_place_of_steps(complete, tmp_path):
 def test_settings_that_do_nothing_are_told(complete, changes, start):
     notices = make_config("sdxl_train_network", **complete, **changes).notices
     assert any(notice.startswith(start) for notice in notices)
+
+
+def test_the_older_name_of_lion_is_lion(complete):
+    assert make_config("sdxl_train_network", **complete, use_lion_optimizer=True).optim.optimizer_type == "Lion"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer_type": "Adafactor", "lr_scheduler": "adafactor"},
+        {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant", "optimizer_args": ["warmup_steps=9"]},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "lr_scheduler": "cosine"},
+        {
+            "optimizer_type": "Prodigy",
+            "learning_rate": 1.0,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 5,
+            "optimizer_args": ["safeguard_warmup=True"],
+        },
+        {"optimizer_type": "ProdigyPlusScheduleFree", "unet_lr": 1.0, "network_train_unet_only": True},
+        {
+            "optimizer_type": "ProdigyPlusScheduleFree",
+            "learning_rate": 1.0,
+            "optimizer_args": ["use_schedulefree=False"],
+            "lr_scheduler": "cosine",
+        },
+        {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3, "lr_warmup_steps": 5},
+        {
+            "lr_scheduler": "warmup_stable_decay",
+            "lr_decay_steps": "20%",
+            "lr_scheduler_min_lr_ratio": 0.1,
+            "lr_scheduler_num_cycles": 2,
+        },
+        {"lr_scheduler_type": "torch.optim.lr_scheduler.StepLR", "lr_scheduler_args": ["step_size=5"]},
+    ],
+)
+def test_rates_and_schedules_that_fit_need_no_notice(complete, changes):
+    assert make_config("sdxl_train_network", **complete, **changes).notices == []
 
 
 @pytest.mark.parametrize(

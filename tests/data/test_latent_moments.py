@@ -97,7 +97,7 @@ def test_with_moments_every_epoch_equals_training_without_a_cache(folder, to_dis
     cached, uncached = (build_train_data(specs, seed=3) for _ in range(2))
     encoder = latent_encoder(vae, device="cpu", moments=True)
     cached.attach_latents(build(cached.table, lambda: encoder, to_disk=to_disk)[0])
-    draws, seen = Draws(3, 0, 1000), {}
+    draws, seen = Draws(3), {}
     for epoch in range(2):
         groups = zip(cached.epoch(epoch), uncached.epoch(epoch), strict=True)
         for left, right in ((a.micro_batches[0], b.micro_batches[0]) for a, b in groups):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.training.metrics import MACHINE_KEYS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -89,7 +91,7 @@ def fine_tune(tmp_path, pictures):
 def log_of(output: Path) -> list[dict]:
     """The records of a run without what depends on the machine."""
     lines = (output / "net-log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "images_per_second")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MACHINE_KEYS} for line in lines]
 
 
 def copy_log(source: Path, target: Path) -> None:

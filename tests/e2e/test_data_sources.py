@@ -95,9 +95,10 @@ def test_held_out_images_are_not_trained_on_and_are_cached(train, pictures, capf
     flags = ["--validation_split=0.3", "--validation_seed=5", "--max_train_epochs=1", "--network_train_unet_only"]
     output = train("held", *flags, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
     text = capfd.readouterr().err
-    assert "2 images held out for validation" in text and "no validation loss is computed yet" in text
+    assert "2 images held out for validation" in text and "on 2 held out" in text
     found = metadata_of(output)
     assert (found["ss_num_train_images"], found["ss_num_validation_images"]) == ("10", "2")
     assert (found["ss_validation_split"], found["ss_validation_seed"]) == ("0.3", "5")
+    assert found["ss_validate_every_n_epochs"] == found["ss_max_validation_steps"] == "None"
     assert len(list((pictures / "2_thing").glob("*_sdxl.npz"))) == 7
     assert len(list((pictures / "2_thing").glob("*_te_outputs.npz"))) == 7

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.training.ema import Decay, Ema
 from library.training.optim import build_optimizer
 from library.training.update import GuardedUpdate
 
@@ -47,3 +48,41 @@ def test_sample_pictures_are_drawn_on_the_gpu(train, tmp_path):
     flags = [f"--sample_prompts={prompts}", "--sample_every_n_steps=1", "--mixed_precision=bf16"]
     output = train("out", "--max_train_steps=2", *flags)
     assert len(list((output / "sample").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_average_of_weights_on_the_gpu_is_that_on_the_cpu(dtype, on_cpu):
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(1000, 1000, generator=generator).to(dtype) for name in ("a", "b", "c")}
+    moves = [torch.randn(1000, 1000, generator=generator).to(dtype) for _ in range(12)]
+    averages = []
+    for device, offload in (("cpu", False), ("cuda", on_cpu)):
+        params = {name: torch.nn.Parameter(value.to(device)) for name, value in start.items()}
+        ema = Ema(params, Decay(highest=0.9), interval=2, on_cpu=offload)
+        for step, move in enumerate(moves, 1):
+            skipped = step == 5
+            ema.before_weights_change()
+            with torch.no_grad():
+                for p in params.values():
+                    p.add_(0 if skipped else move.to(device))
+            ema.update(step, was_skipped=torch.tensor(float(skipped), device=device))
+        live = {name: p.detach().clone() for name, p in params.items()}
+        with ema.swapped():
+            for name, p in params.items():
+                assert p.is_cuda == (device == "cuda")
+                torch.testing.assert_close(p.detach().float(), ema.average()[name].to(device, dtype).float())
+        assert all(torch.equal(p, live[name]) for name, p in params.items())
+        averages.append({name: value.cpu() for name, value in ema.average().items()})
+    for name in start:
+        torch.testing.assert_close(averages[0][name], averages[1][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["same", "cpu"])
+def test_a_run_with_an_average_resumes_exactly_on_the_gpu(train, device):
+    flags = ["--max_train_steps=6", "--use_ema", f"--ema_device={device}", "--ema_update_interval=2", "--save_state"]
+    whole = train("whole", *flags, "--save_every_n_steps=3")
+    resumed = train("resumed", *flags, f"--resume={whole / 'net-step00000003-state'}")
+    for name in ("net.safetensors", "net-ema.safetensors"):
+        expected, got = load_file(whole / name), load_file(resumed / name)
+        assert all(torch.allclose(expected[key], got[key], rtol=1e-3, atol=1e-5) for key in expected)

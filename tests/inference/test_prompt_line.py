@@ -94,6 +94,9 @@ def test_sample_lines_have_their_own_options(caplog):
         assert parse_sample_line("a --ss nonsense --am 1 --cn x.png", DEFAULTS) == replace(
             DEFAULTS, prompt="a", raw="a --ss nonsense --am 1 --cn x.png"
         )
+    with caplog.at_level(logging.WARNING):
+        assert parse_sample_line("a --g 3 --fs 2", DEFAULTS).scale == DEFAULTS.scale
+    assert "--g in a prompt is for other models" in caplog.text and "--fs in a prompt is for other" in caplog.text
     assert "--cn in a prompt is not supported yet" in caplog.text and "--am in a prompt is not known" in caplog.text
 
 
@@ -125,6 +128,11 @@ def test_toml_files_share_keys_and_subsets_win(write):
     a, b = read_prompt_file(path)
     assert (a.prompt, a.size, a.seed, a.scale, a.negative) == ("a", Size(256, 320), 1, 3.0, "")
     assert (b.prompt, b.seed, b.negative, b.steps, b.sampler) == ("b", 2, "c", 5, "heun")
+
+
+def test_keys_for_other_models_are_left_out_and_said(write, caplog):
+    (request,) = read_prompt_file(write("p.json", '[{"prompt": "a", "guidance_scale": 3.5, "scale": 2}]'))
+    assert request.scale == 2.0 and '"guidance_scale" is for other models' in caplog.text
 
 
 def test_json_files_hold_objects_or_lines(write):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,9 +87,83 @@ def test_half_precision_samples_stay_half(schedule: NoiseSchedule, dtype: torch.
 
 
 def test_moving_keeps_the_numbers(schedule: NoiseSchedule) -> None:
-    assert torch.equal(schedule.to("cpu").alphas_cumprod_N, schedule.alphas_cumprod_N)
+    assert torch.equal(schedule.to("cpu").signal_N, schedule.signal_N)
+    flow = NoiseSchedule.rectified_flow(shift=3)
+    again = NoiseSchedule(**flow.to("cpu").tables())
+    assert all(torch.equal(table, again.tables()[name]) for name, table in flow.tables().items())
 
 
 def test_a_table_of_lower_precision_is_refused() -> None:
     with pytest.raises(AssertionError):
-        NoiseSchedule(torch.linspace(0.9, 0.1, 10))
+        NoiseSchedule.variance_preserving(torch.linspace(0.9, 0.1, 10))
+
+
+def test_sdxl_tells_the_model_the_step_itself(schedule: NoiseSchedule) -> None:
+    t_B = torch.tensor([0, 3, 999])
+    assert torch.equal(schedule.timestep(t_B), t_B) and not schedule.ends_in_noise
+
+
+# Zero terminal SNR
+
+
+@pytest.fixture(scope="module")
+def zero_snr() -> NoiseSchedule:
+    return NoiseSchedule.scaled_linear(zero_terminal_snr=True)
+
+
+def test_zero_terminal_snr_equals_diffusers_at_every_step(zero_snr: NoiseSchedule) -> None:
+    theirs = DDPMScheduler(**SDXL, rescale_betas_zero_snr=True)
+    t_N = torch.arange(1000)
+    torch.testing.assert_close(zero_snr.alphas_cumprod_N.float(), theirs.alphas_cumprod, rtol=0, atol=2e-6)
+    # In float32 the small alphas lose digits, so the ratio is compared where it still has some.
+    theirs_snr = theirs.alphas_cumprod / (1 - theirs.alphas_cumprod)
+    torch.testing.assert_close(zero_snr.snr(t_N)[:990].float(), theirs_snr[:990], rtol=2e-3, atol=0)
+    x0, noise = torch.randn(2, 1000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    ours = [zero_snr.add_noise(x0, noise, t_N), zero_snr.velocity(x0, noise, t_N)]
+    for mine, other in zip(ours, [theirs.add_noise(x0, noise, t_N), theirs.get_velocity(x0, noise, t_N)], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-3)
+        torch.testing.assert_close(mine[:900], other[:900], rtol=0, atol=1e-4)
+
+
+def test_zero_terminal_snr_ends_in_noise_and_begins_as_before(zero_snr: NoiseSchedule, schedule: NoiseSchedule) -> None:
+    x0, noise, _ = _samples(2)
+    last_B = torch.full((4,), 999)
+    assert zero_snr.ends_in_noise and float(zero_snr.snr(last_B)[0]) == 0
+    assert torch.equal(zero_snr.add_noise(x0, noise, last_B), noise)
+    assert torch.equal(zero_snr.velocity(x0, noise, last_B), -x0)
+    assert float(zero_snr.signal_N[0]) == pytest.approx(float(schedule.signal_N[0]), abs=1e-15)
+    assert torch.all(zero_snr.signal_N.diff() < 0)
+    torch.testing.assert_close(zero_snr.signal_N**2 + zero_snr.sigma_N**2, torch.ones(1000, dtype=torch.float64))
+
+
+# Rectified flow
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.5, 3.0])
+def test_rectified_flow_equals_diffusers_at_every_step(shift: float) -> None:
+    ours, theirs = NoiseSchedule.rectified_flow(shift=shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    t_N = torch.arange(999, -1, -1)  # their tables begin with the most noise
+    torch.testing.assert_close(ours.sigma_N[t_N].float(), theirs.sigmas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.timestep(t_N), theirs.timesteps, rtol=1e-6, atol=0)
+    assert ours.timestep(t_N).dtype == torch.float32
+    x0, noise = torch.randn(2, 1000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    theirs_noisy = theirs.scale_noise(x0, theirs.timesteps, noise)
+    torch.testing.assert_close(ours.add_noise(x0, noise, t_N), theirs_noisy, rtol=0, atol=2e-6)
+
+
+@given(t=st.integers(0, 999), shift=st.floats(0.1, 20))
+@settings(max_examples=60, deadline=None)
+def test_a_shift_multiplies_the_ratio_of_noise_to_signal(t: int, shift: float) -> None:
+    """s' / (1 - s') = shift * s / (1 - s), and signal and noise still sum to one."""
+    even, shifted = NoiseSchedule.rectified_flow(), NoiseSchedule.rectified_flow(shift=shift)
+    assert float(shifted.signal_N[t] + shifted.sigma_N[t]) == pytest.approx(1.0, abs=1e-12)
+    assert float(even.sigma_N[t]) == (t + 1) / 1000
+    ratio = float(even.sigma_N[t] / even.signal_N[t]) * shift
+    assert float(shifted.sigma_N[t]) == pytest.approx(1 - 1 / (1 + ratio), rel=1e-9)
+
+
+def test_rectified_flow_ends_in_noise_and_its_snr_is_that_of_its_mixture() -> None:
+    flow = NoiseSchedule.rectified_flow()
+    assert flow.ends_in_noise and float(flow.sigma_N[-1]) == 1
+    assert float(flow.snr(torch.tensor([499]))[0]) == 1.0 and float(flow.snr(torch.tensor([249]))[0]) == 9.0
+    assert float(flow.alphas_cumprod_N[249]) == pytest.approx(0.9)

@@ -117,6 +117,41 @@ def test_values_are_written_as_sd_scripts_does(tmp_path):
     assert _metadata(tmp_path, face_crop_aug_range="2,4")["ss_face_crop_aug_range"] == "(2.0, 4.0)"
 
 
+def test_what_shaped_noise_and_loss_is_recorded(tmp_path):
+    found = _metadata(
+        tmp_path,
+        loss_type="huber",
+        huber_c=0.2,
+        huber_schedule="constant",
+        snr_gamma=5.0,
+        debiased_estimation_loss=True,
+        noise_offset=0.05,
+        noise_offset_random_strength=True,
+        adaptive_noise_scale=0.01,
+        multires_noise_iterations=6,
+        input_perturbation=0.1,
+    )
+    expected = {
+        "loss_type": "huber",
+        "huber_c": "0.2",
+        "huber_scale": "1.0",
+        "huber_schedule": "constant",
+        "min_snr_gamma": "5.0",
+        "debiased_estimation": "True",
+        "noise_offset": "0.05",
+        "noise_offset_random_strength": "True",
+        "adaptive_noise_scale": "0.01",
+        "multires_noise_iterations": "6",
+        "multires_noise_discount": "0.3",
+        "ip_noise_gamma": "0.1",
+        "ip_noise_gamma_random_strength": "False",
+    }
+    assert {name: found[f"ss_{name}"] for name in expected} == expected
+    plain = _metadata(tmp_path)
+    assert plain["ss_min_snr_gamma"] == plain["ss_noise_offset"] == "None"
+    assert plain["ss_debiased_estimation"] == "False"
+
+
 def test_what_the_network_says_wins_over_the_settings(tmp_path):
     assert _metadata(tmp_path, network_dim=4)["ss_network_dim"] == "16"
 

@@ -1,12 +1,13 @@
-"""Optimizers by name, schedules by name, and the guarded update."""
+"""Optimizers by name, their arguments and rates, and the guarded update."""
 
 import pytest
 import torch
-from diffusers.optimization import get_scheduler
 
+from library.config.choices import LR_SCHEDULERS, OPTIMIZERS, ROOT
 from library.errors import UserError
-from library.training.lr import build_scheduler, steps_from
-from library.training.optim import build_optimizer
+from library.training import optim
+from library.training.optim import build_optimizer, effective_rates, try_out
+from library.training.optimizer_table import ROWS
 from library.training.update import GuardedUpdate
 
 
@@ -19,23 +20,103 @@ def _build(kind="AdamW", arguments=None, groups=None):
 
 
 @pytest.mark.parametrize(
-    "kind, module",
+    "kind, path",
     [
-        ("AdamW", "torch.optim.adamw"),
-        ("adamw", "torch.optim.adamw"),
-        ("AdamW8bit", "bitsandbytes"),
-        ("AdaFactor", "transformers"),
-        ("torch.optim.NAdam", "torch.optim.nadam"),
-        ("SGD", "torch.optim.sgd"),
+        ("AdamW", "torch.optim.adamw.AdamW"),
+        ("adamw", "torch.optim.adamw.AdamW"),
+        ("AdaFactor", "transformers.optimization.Adafactor"),
+        ("PAGEDadamw32BIT", "bitsandbytes.optim.adamw.PagedAdamW32bit"),
+        ("lion", "lion_pytorch.lion_pytorch.Lion"),
+        ("SGDNesterov8bit", "bitsandbytes.optim.sgd.SGD8bit"),
+        ("DAdaptation", "dadaptation.experimental.dadapt_adam_preprint.DAdaptAdamPreprint"),
+        ("came", "came_pytorch.CAME.CAME"),
+        ("torch.optim.NAdam", "torch.optim.nadam.NAdam"),
+        ("SGD", "torch.optim.sgd.SGD"),
     ],
 )
-def test_optimizers_by_name_move_the_weights(kind, module):
-    optimizer = _build(kind)
-    assert type(optimizer).__module__.startswith(module)
+def test_names_lead_to_classes(kind, path):
+    cls = type(_build(kind))
+    assert f"{cls.__module__}.{cls.__qualname__}" == path
+
+
+def test_the_table_and_the_option_know_the_same_names():
+    assert tuple(ROWS) == OPTIMIZERS
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_named_optimizer_goes_downhill_through_the_guarded_update(kind):
+    rate = 1.0 if kind.startswith(("DAdapt", "Prodigy")) else 0.01
+    # The estimators start at a rate of 1e-6; growing takes them more steps than a test should make.
+    start = {"d0": 1e-3} if kind.startswith(("DAdapt", "Prodigy")) else {}
+    optimizer = _build(kind, start, [_group(lr=rate), _group(lr=rate, name="te1")])
+    update = GuardedUpdate(optimizer, 1.0)
+    losses = []
+    for _ in range(10):
+        loss = sum((parameter**2).mean() for parameter in update.params)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        update()
+    assert min(losses) < losses[0] - 1e-5
+    assert all(torch.isfinite(parameter).all() for parameter in update.params)
+
+
+def test_nesterov_has_a_momentum_unless_told_otherwise():
+    group = _build("SGDNesterov").param_groups[0]
+    assert (group["nesterov"], group["momentum"]) == (True, 0.9)
+    assert _build("SGDNesterov", {"momentum": 0.5}).param_groups[0]["momentum"] == 0.5
+    assert _build("SGDNesterov8bit").param_groups[0]["betas"][0] == 0.9
+    assert _build("SGDNesterov8bit", {"momentum": 0.5}).param_groups[0]["betas"][0] == 0.5
+
+
+def test_a_package_that_is_not_there_is_named_with_the_way_to_get_it(monkeypatch):
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(optim.importlib, "import_module", absent)
+    with pytest.raises(UserError) as caught:
+        _build("ProdigyPlusScheduleFree")
+    (problem,) = caught.value.problems
+    assert "ProdigyPlusScheduleFree needs prodigyplus" in problem.what
+    assert problem.fix.startswith("pip install prodigy-plus-schedule-free, ")
+
+
+@pytest.mark.parametrize("kind", ["Prodigy", "DAdaptAdaGrad", "DAdaptAdanIP", "DAdaptSGD"])
+def test_estimators_refuse_different_rates_before_the_first_step(kind):
+    with pytest.raises(UserError, match="one learning rate for everything"):
+        _build(kind, groups=[_group(lr=1.0), _group(lr=0.5, name="te1")])
+    _build(kind, groups=[_group(lr=1.0), _group(lr=0.0, name="te1")])
+
+
+def test_the_rate_of_the_class_is_that_of_the_groups_when_the_run_has_none():
+    built = build_optimizer([_group(lr=0.5)], optimizer_type="Prodigy", learning_rate=0.0, arguments={})
+    assert built.defaults["lr"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["DAdaptAdam", "DAdaptLion", "Prodigy", "ProdigyPlusScheduleFree"])
+def test_the_effective_rate_is_d_times_lr(kind):
+    optimizer = _build(kind, {"d0": 1e-4}, [_group(lr=0.5)])
+    assert effective_rates(optimizer.param_groups) == {"lr/d*lr/unet": pytest.approx(0.5e-4)}
     parameter = optimizer.param_groups[0]["params"][0]
-    parameter.grad = torch.ones_like(parameter)
-    GuardedUpdate(optimizer, 1.0)()
-    assert (parameter < 1.0).all()
+    for _ in range(15):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    found = effective_rates(optimizer.param_groups)["lr/d*lr/unet"]
+    assert found == pytest.approx(float(optimizer.param_groups[0]["d"]) * 0.5)
+    assert found > 0.6e-4, "the estimate grows while the gradient keeps its direction"
+
+
+def test_other_optimizers_have_no_effective_rate():
+    assert effective_rates(_build("AdamW").param_groups) == {}
+    assert effective_rates(_build("torch.optim.Adafactor").param_groups) == {}, "d is its clipping threshold"
+
+
+def test_the_warm_up_of_a_schedule_free_optimizer_is_its_effective_rate():
+    optimizer = _build("AdamWScheduleFree", {"warmup_steps": 4})
+    for expected in (0.025, 0.05, 0.075, 0.1, 0.1):
+        parameter = optimizer.param_groups[0]["params"][0]
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert effective_rates(optimizer.param_groups) == {"lr/warmup/unet": pytest.approx(expected)}
 
 
 def test_groups_keep_their_rates_and_names():
@@ -67,6 +148,32 @@ def test_adafactor_uses_relative_steps_unless_told_otherwise():
 def test_wrong_optimizers_are_named(kind, arguments, word):
     with pytest.raises(UserError, match=word):
         _build(kind, arguments)
+
+
+class Unsaveable(torch.optim.SGD):
+    """Its state holds an object of a class that plain data does not have."""
+
+    def state_dict(self):
+        return {**super().state_dict(), "self": Unsaveable}
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("torch.optim.LBFGS", "cannot make a plain step: .*closure"),
+        ("torch.optim.SparseAdam", "cannot make a plain step: "),
+        (f"{__name__}.Unsaveable", "cannot be saved and read back"),
+    ],
+)
+def test_classes_that_cannot_work_are_found_by_trying_them(kind, word):
+    optimizer = _build(kind, groups=[{"name": "trial", "params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1.0}])
+    with pytest.raises(UserError, match=word):
+        try_out(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["torch.optim.Muon", "torch.optim.Adafactor", "pytorch_optimizer.AdaBelief"])
+def test_classes_that_can_work_pass_the_trial(kind):
+    try_out(_build(kind))
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted_and_leaves_no_trace():
@@ -105,29 +212,6 @@ def test_max_norm_zero_means_no_clipping():
     assert torch.allclose(update.params[0], torch.full((64, 80), -6.0))
 
 
-@pytest.mark.parametrize(
-    "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-)
-def test_schedules_equal_those_of_diffusers(name):
-    warmup = 0 if name == "constant" else 0.2
-    ours = build_scheduler(o1 := _build(), name=name, total_steps=20, warmup=warmup, num_cycles=2, power=1.5)
-    theirs = get_scheduler(
-        name, o2 := _build(), num_warmup_steps=int(warmup * 20), num_training_steps=20, num_cycles=2, power=1.5
-    )
-    for _ in range(20):
-        assert ours.get_last_lr() == theirs.get_last_lr()
-        for optimizer, scheduler in ((o1, ours), (o2, theirs)):
-            optimizer.step()
-            scheduler.step()
-
-
-def test_constant_refuses_warmup_and_names_the_way_out():
-    with pytest.raises(UserError, match="constant schedule has no warm-up"):
-        build_scheduler(_build(), name="constant", total_steps=10, warmup=5)
-
-
-def test_warmup_lengths():
-    assert steps_from(5, 100) == 5
-    assert steps_from(0.055, 100) == 5
-    assert steps_from(0.0, 100) == 0
-    assert steps_from(1.0, 100) == 100
+def test_the_page_names_every_optimizer_and_schedule():
+    page = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    assert [name for name in (*OPTIMIZERS, *LR_SCHEDULERS) if f"`{name}`" not in page] == []

@@ -7,12 +7,12 @@ import torch
 
 from library.config.cli import make_config
 from library.data.types import Batch, SampleKey
-from library.diffusion.losses import l2
 from library.inference.adapters import adapter_roots
 from library.models import checkpoint, memory
 from library.models.families import sdxl
 from library.sizes import Size
 from library.training.draws import Draws
+from library.training.objective import Objective
 from library.training.step import TrainStep
 from library.training.trainables.network import NetworkTrainable
 
@@ -72,11 +72,11 @@ def _batch(bundle, *, rows=3, real=None):
 
 
 def _draw(batch, epoch=0):
-    return Draws(1, 0, 1000).make(batch.keys, epoch, latent_shape=(4, 8, 8), posterior=False)
+    return Draws(1).make(batch.keys, epoch, latent_shape=(4, 8, 8), posterior=False)
 
 
 def _step(bundle, trainable, **options):
-    return TrainStep(bundle, trainable, trainable.network, elementwise_loss=l2.elementwise, with_text=True, **options)
+    return TrainStep(bundle, trainable, trainable.network, objective=Objective(**options), with_text=True)
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_noise(bundle, trainable):
@@ -131,7 +131,7 @@ def test_a_sample_draws_the_same_whatever_batch_it_is_in(bundle):
     batch = _batch(bundle)
     together = _draw(batch)
     for row in range(3):
-        alone = Draws(1, 0, 1000).make(batch.keys[row : row + 1], 0, latent_shape=(4, 8, 8), posterior=True)
+        alone = Draws(1).make(batch.keys[row : row + 1], 0, latent_shape=(4, 8, 8), posterior=True)
         assert torch.equal(alone.noise_BChw[0], together.noise_BChw[row])
         assert alone.t_B[0] == together.t_B[row]
         assert not torch.equal(alone.posterior_BChw, alone.noise_BChw)
