@@ -16,7 +16,9 @@ from library.training.optim import check_resumed, noted_classes
 from library.training.precision import fp16_gradient_scaler
 from library.training.prepare import prepare
 from library.training.state import Progress, TrainingState
+from library.training.tensor_step import fit_state
 from library.training.trainable import Trainable
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -36,7 +38,7 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     run = prepare(cfg, trainable, accelerator)
     trainer, state = assemble(run)
     if cfg.loop.resume:
-        _resume(Path(cfg.loop.resume), state, trainer.update.optimizer)
+        _resume(Path(cfg.loop.resume), state, trainer.update)
     try:
         trainer.run()
         trainer.data.finish_filling()
@@ -68,8 +70,9 @@ def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
     return accelerator
 
 
-def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
+def _resume(folder: Path, state: TrainingState, update: Update) -> None:
     """Load the state, and say what of it overrules this run's settings or cannot be exact."""
+    optimizer = update.optimizer
 
     def rates() -> list[float | None]:
         return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -78,6 +81,7 @@ def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer
     built = noted_classes(optimizer)
     sentences = state.load(folder)
     check_resumed(optimizer, built, where=f"--resume {folder}")
+    sentences += [sentence for sentence in [fit_state(optimizer, update.widening)] if sentence]
     if rates() != asked:
         sentences.append(
             f"the learning rates are the state's {rates()}, not {asked} of this run; to change them, start from its "
