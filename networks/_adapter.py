@@ -33,6 +33,11 @@ class Adapter(nn.Module):
         """The adapted module."""
         return self._base[0]
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype in which the adapter's matrix products run."""
+        return next(self.parameters()).dtype
+
     def forward_delta(self, x: Tensor) -> Tensor:
         """What is added to the base's output for its input x, before the multiplier."""
         raise TypeError(f"{type(self).__name__} must define forward_delta")
@@ -109,4 +114,4 @@ def _input_for(adapter: Adapter, x: Tensor) -> Tensor:
     """x in the adapter's dtype, unless autocast will choose the dtype of its matrix products."""
     if torch.is_autocast_enabled(x.device.type):
         return x
-    return x.to(next(adapter.parameters()).dtype)
+    return x.to(adapter.input_dtype)

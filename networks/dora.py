@@ -32,6 +32,11 @@ class DoraAdapter(LoraAdapter):
         self._seen = base.weight._version
         self.dora_scale = nn.Parameter(self.base_square.sqrt())
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """That of the two factors; the magnitudes are float32."""
+        return self.lora_down.weight.dtype
+
     def forward_delta(self, x: Tensor) -> Tensor:
         """W'x - Wx."""
         return self._delta(x, self._base_product(x))
