@@ -1,4 +1,4 @@
-"""Train a LoRA for SDXL: `accelerate launch sdxl_train_network.py --config_file run.toml`."""
+"""Train a LoRA or one of its relatives for SDXL: `accelerate launch sdxl_train_network.py --config_file run.toml`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from networks._args import problems_of
 
 def _network_args(cfg: RunConfig) -> list[Problem]:
     network = cfg.network
-    return problems_of(network.network_module, network.network_kwargs(), network.network_dropout)
+    return problems_of(
+        network.network_module,
+        network.network_kwargs(),
+        network.network_dropout,
+        network_dim=network.network_dim,
+        dim_from_weights=network.dim_from_weights,
+    )
 
 
 @entry_point

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.log import get_logger
 from networks._adapter import Adapter
-from networks._files import check_fit, group_tensors
+from networks._files import LORA, FileFormat, check_fit, group_tensors
+from networks._groups import RatePlan, part_groups
 from networks._keys import PARTS, Target
 
 logger = get_logger(__name__)
-
-GROUP_NAMES = {"te1": "textencoder1", "te2": "textencoder2", "unet": "unet"}
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,27 @@ class AdapterNetwork(nn.Module):
     """Adapters by name. Holds their parameters only; the adapted models stay outside.
 
     `adapters` maps sd-scripts' module name to the adapter, `targets` says where each sits. `facts` is what the
-    file's metadata tells about the network (ss_network_*).
+    file's metadata tells about the network (ss_network_*), `form` what its tensors are called. `rates`: what deviates
+    from one learning rate for a part.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Target, Adapter]], *, facts: Mapping[str, str], multiplier: float) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[tuple[Target, Adapter]],
+        *,
+        facts: Mapping[str, str],
+        multiplier: float,
+        form: FileFormat = LORA,
+        rates: RatePlan | None = None,
+    ) -> None:
         super().__init__()
         pairs = list(pairs)
         self.adapters = nn.ModuleDict({target.name: adapter for target, adapter in pairs})
         assert len(self.adapters) == len(pairs), "two modules have the same name"
         self.targets = {target.name: target for target, _ in pairs}
         self.facts = dict(facts)
+        self.form = form
+        self.rates = rates or RatePlan()
         self.attached = False
         self._backup: dict[str, Tensor] | None = None
         self.set_multiplier(multiplier)
@@ -83,6 +93,8 @@ class AdapterNetwork(nn.Module):
     ) -> list[dict[str, object]]:
         """Optimizer groups `{"name", "params", "lr"}` per part: textencoder1, textencoder2, unet.
 
+        LoRA+ adds a twin "… plus", block weights make unet_block{i} of unet, a rule with a rate makes "… rule{n}".
+
         text_encoder_lrs: none (default_lr for both), one for both, or one each. A missing rate is default_lr. A
         part whose rate is 0 or None is frozen here and gets no group; UserError when nothing is left.
         """
@@ -90,17 +102,11 @@ class AdapterNetwork(nn.Module):
             raise UserError(f"text_encoder_lr has {len(text_encoder_lrs)} values", "text_encoder_lr", "give 1 or 2")
         first, second = (*text_encoder_lrs, *text_encoder_lrs)[:2] if text_encoder_lrs else (None, None)
         rates = {"te1": first, "te2": second, "unet": unet_lr}
-        groups = []
+        groups: list[dict[str, object]] = []
         for part in PARTS:
             rate = rates[part] if rates[part] is not None else default_lr
-            adapters = [self.adapters[name] for name, target in self.targets.items() if target.part == part]
-            if not rate:
-                for adapter in adapters:
-                    adapter.requires_grad_(False)
-                continue
-            params = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
-            if params:
-                groups.append({"name": GROUP_NAMES[part], "params": params, "lr": rate})
+            adapters = {name: self.adapters[name] for name, target in self.targets.items() if target.part == part}
+            groups += part_groups(part, adapters, rate=rate or 0.0, plan=self.rates)
         if not groups:
             raise UserError(
                 "no part of the network has a learning rate above 0, so nothing would train",
@@ -109,12 +115,28 @@ class AdapterNetwork(nn.Module):
             )
         return groups
 
+    def limit_norms(self, limit: float) -> dict[str, Tensor]:
+        """Shrink every module's addition to a Frobenius norm of at most `limit` (--scale_weight_norms).
+
+        Returns 0-d tensors to log, under sd-scripts' names: how many modules were shrunk, mean and largest norm.
+        """
+        found = [a.limit_norm(limit) for a in self.adapters.values() if any(p.requires_grad for p in a.parameters())]
+        done = [pair for pair in found if pair is not None]
+        if not done:
+            return {}
+        norms, shrunk = (torch.stack(column) for column in zip(*done, strict=True))
+        return {
+            "max_norm/keys_scaled": shrunk.sum(),
+            "max_norm/average_key_norm": norms.mean(),
+            "max_norm/max_key_norm": norms.max(),
+        }
+
     def export(self, *, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
         """(tensors, metadata) of the network's file: sd-scripts' keys on the CPU, alpha always 0-d float32."""
         tensors = {}
         for name, adapter in self.adapters.items():
             for key, value in adapter.state_dict().items():
-                keep = dtype is None or value.ndim == 0
+                keep = dtype is None or key in adapter.float32_tensors
                 tensors[f"{name}.{key}"] = value.detach().to("cpu", value.dtype if keep else dtype).clone().contiguous()
         return tensors, dict(self.facts)
 
@@ -124,7 +146,7 @@ class AdapterNetwork(nn.Module):
         Modules that only one side has are reported, not an error; a file of which nothing fits, or whose shapes
         differ, is a UserError.
         """
-        modules = group_tensors(tensors, self.targets.values(), where=where)
+        modules = group_tensors(tensors, self.targets.values(), where=where, form=self.form)
         known = {name: values for name, values in modules.items() if name in self.adapters}
         report = LoadReport(
             loaded=len(known),

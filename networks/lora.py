@@ -3,7 +3,6 @@
 y = W x + multiplier * (alpha / r) * up(drop(down(x))), r the rank (lora_format.md §1).
 """
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -11,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.errors import UserError
-from library.log import get_logger
 from networks._adapter import Adapter
-from networks._args import lora_args, neuron_dropout
-from networks._files import check_widths, group_tensors
-from networks._keys import AdapterRoot, all_targets, default_targets
-from networks._network import AdapterNetwork
-
-logger = get_logger(__name__)
+from networks._args import LoraArgs
+from networks._build import Family, Size
 
 
 class LoraAdapter(Adapter):
@@ -27,6 +20,8 @@ class LoraAdapter(Adapter):
 
     Down starts kaiming-uniform (a = sqrt 5), up zero, so at the start the model is exactly the base model.
     """
+
+    plus_parameters = frozenset({"lora_up.weight"})
 
     def __init__(
         self,
@@ -53,11 +48,15 @@ class LoraAdapter(Adapter):
         else:
             self.lora_down = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, device=device)
             self.lora_up = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, device=device)
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+        self.reset_down(generator)
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(alpha or rank), device=device))
         self.scale = float(alpha or rank) / rank  # a plain number: reading the buffer would wait for the GPU
         self.register_load_state_dict_post_hook(lambda module, _: module._refresh_scale())
+
+    def reset_down(self, generator: torch.Generator | None) -> None:
+        """Draw the start of the down weights."""
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
 
     def _refresh_scale(self) -> None:
         self.scale = float(self.alpha) / self.rank
@@ -69,10 +68,21 @@ class LoraAdapter(Adapter):
 
     def forward_delta(self, x: Tensor) -> Tensor:
         """(alpha / r) * up(drop(down(x))), in training with the three dropouts."""
-        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
-            # Skipped, yet with a zero gradient on this and every other rank: DDP needs all parameters touched.
-            return (self.lora_down.weight.sum() + self.lora_up.weight.sum()) * 0.0
-        h = self.lora_down(x)
+        if self.is_skipped():
+            return self.untouched()
+        h, scale = self.dropped(self.lora_down(x))
+        return self.lora_up(h) * scale
+
+    def is_skipped(self) -> bool:
+        """Whether module dropout leaves this call out; drawn anew at each call."""
+        return self.training and bool(self.module_dropout) and bool(torch.rand(()) < self.module_dropout)
+
+    def untouched(self) -> Tensor:
+        """0 with a zero gradient for every trained parameter, since DDP needs all of them touched on every rank."""
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * torch.zeros((), device=self.alpha.device)
+
+    def dropped(self, h: Tensor) -> tuple[Tensor, float]:
+        """The low-rank activations after neuron and rank dropout, and the scale that goes with them."""
         scale = self.scale
         if self.training and self.dropout:
             h = F.dropout(h, self.dropout)
@@ -81,7 +91,7 @@ class LoraAdapter(Adapter):
             shape = [h.shape[d] if d in (0, rank_dim) else 1 for d in range(h.ndim)]
             h = h * (torch.rand(shape, device=h.device) > self.rank_dropout).to(h.dtype)
             scale = scale / (1.0 - self.rank_dropout)
-        return self.lora_up(h) * scale
+        return h, scale
 
     def delta_weight(self) -> Tensor:
         """(alpha / r) * up @ down as a float32 weight of the base's shape."""
@@ -89,78 +99,42 @@ class LoraAdapter(Adapter):
         down = self.lora_down.weight.float().flatten(1)
         return (up @ down * self.scale).reshape(self.base.weight.shape)
 
+    @torch.no_grad()
+    def limit_norm(self, limit: float) -> tuple[Tensor, Tensor]:
+        """As `Adapter.limit_norm`: both factors times the root of the ratio (lora_format.md §1, scale_weight_norms)."""
+        norm = self.delta_norm()
+        counted = norm.clamp_min(limit / 2)
+        ratio = counted.clamp_max(limit) / counted
+        self.shrink(ratio)
+        return norm * ratio, (ratio != 1).float()
 
-def create(
-    roots: list[AdapterRoot],
-    *,
-    dim: int | None,
-    alpha: float | None,
-    dropout: float | None = None,
-    args: Mapping[str, str] | None = None,
-    multiplier: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> AdapterNetwork:
-    """A new LoRA on the roots' modules: dim is the rank (default 4), alpha None or 0 means dim.
+    def delta_norm(self) -> Tensor:
+        """Frobenius norm of `delta_weight`, 0-d float32, without making it: |BA|^2 = tr((B^T B)(A A^T))."""
+        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        square = ((up.T @ up) * (down @ down.T)).sum()
+        return square.clamp_min(0).sqrt() * abs(self.scale)
 
-    With `conv_dim` in args the U-Net's ResNet and sampler blocks are adapted as well: 3x3 convolutions with
-    conv_dim and conv_alpha, 1x1 convolutions and linears with dim and alpha. The generator decides the start of
-    the down weights; without one, torch's global generator does.
-    """
-    parsed = lora_args(args or {})
-    drop = neuron_dropout(parsed, dropout)
-    dim = dim or 4
-    if dim < 1:
-        raise UserError(f"network_dim is {dim}", "network_dim", "give 1 or more")
-
-    def make(target) -> LoraAdapter:
-        spatial = target.is_spatial_conv
-        return LoraAdapter(
-            target.module,
-            rank=(parsed.conv_dim or dim) if spatial else dim,
-            alpha=parsed.conv_alpha if spatial else alpha,
-            dropout=drop,
-            rank_dropout=parsed.rank_dropout,
-            module_dropout=parsed.module_dropout,
-            generator=generator,
-        )
-
-    pairs = [(target, make(target)) for target in default_targets(roots, with_conv=parsed.conv_dim is not None)]
-    facts = _facts(str(dim), str(float(alpha or dim)))
-    given = {key: str(value) for key, value in (args or {}).items()}
-    if given:
-        facts["ss_network_args"] = json.dumps(given)
-    return AdapterNetwork(pairs, facts=facts, multiplier=multiplier)
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the addition by `ratio` (0-d), spread evenly over both factors."""
+        root = ratio.sqrt()
+        for factor in (self.lora_up.weight, self.lora_down.weight):
+            factor.mul_(root.to(factor.dtype))
 
 
-def create_from_weights(
-    roots: list[AdapterRoot],
-    tensors: Mapping[str, Tensor],
-    *,
-    multiplier: float = 1.0,
-    where: str = "network_weights",
-) -> AdapterNetwork:
-    """The network that a file describes: its modules, their ranks and alphas, filled with its weights.
-
-    Every Linear and Conv2d of the roots can be named by the file, also those that training does not adapt by
-    default. Names that are not in the models are counted in a warning.
-    """
-    targets = {target.name: target for target in all_targets(roots)}
-    modules = group_tensors(tensors, targets.values(), where=where)
-    known = {name: values for name, values in modules.items() if name in targets}
-    if len(known) < len(modules):
-        logger.warning("%s: %d of its %d modules are not in this model", where, len(modules) - len(known), len(modules))
-    check_widths(targets, known, where=where)
-    pairs, ranks, alphas = [], set(), set()
-    for name, values in known.items():
-        adapter = LoraAdapter(targets[name].module, rank=values["lora_down.weight"].shape[0], alpha=None)
-        adapter.load_file_tensors(values)
-        pairs.append((targets[name], adapter))
-        ranks.add(adapter.rank)
-        alphas.add(float(adapter.alpha))
-    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    alpha = str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
-    return AdapterNetwork(pairs, facts=_facts(dim, alpha), multiplier=multiplier)
+def _make(
+    base: nn.Linear | nn.Conv2d, size: Size, args: LoraArgs, dropout: float, generator: torch.Generator | None
+) -> LoraAdapter:
+    return LoraAdapter(
+        base,
+        rank=size.rank,
+        alpha=size.alpha,
+        dropout=dropout,
+        rank_dropout=args.rank_dropout,
+        module_dropout=args.module_dropout,
+        generator=generator,
+    )
 
 
-def _facts(dim: str, alpha: str) -> dict[str, str]:
-    return {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha}
+_family = Family("lora", _make)
+create = _family.create
+create_from_weights = _family.create_from_weights

@@ -29,6 +29,8 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
     elif cfg.run in TRAINER:
         name = "network_weights" if cfg.run in NETWORK else "unet_config"
         problems += _check_existing(cfg, name, kind="file")
+        if cfg.run in NETWORK and "base_weights" not in wrong:
+            problems += _check_many(cfg, "base_weights")
         problems += _check_existing(cfg, "resume", kind="folder")
         problems += _check_prompts(cfg)
         problems += _check_output(cfg)

@@ -38,7 +38,7 @@ TORCH_SCHEDULERS = (
 
 LOSSES = tuple(list_plugins(ROOT / "library" / "diffusion" / "losses"))
 
-NETWORKS_LATER = ("dylora", "lora_fa", "oft", "control_net_lllite", "dora")
+NETWORKS_LATER = ("control_net_lllite",)
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 EMBEDDED_MODEL = "tiny"

@@ -25,6 +25,11 @@ class NetworkOptions(Group):
     )
     network_weights: str | None = option(None, "network file to start from", path=True)
     dim_from_weights: bool = option(False, "take the ranks from network_weights")
+    scale_weight_norms: float | None = option(
+        None, "after each step, shrink every module's addition to this norm at most (1.0 is usual)", ge=0, zero_is_unset=True
+    )
+    base_weights: tuple[str, ...] = option((), "network files merged into the model before training", path=True)
+    base_weights_multiplier: tuple[float, ...] = option((), "strengths of base_weights (unset: 1.0 each)")
     network_train_unet_only: bool = option(False, "train no text encoder")
     network_train_text_encoder_only: bool = option(False, "train no U-Net")
     unet_lr: float | None = option(None, "learning rate of the U-Net's part (unset: learning_rate)", ge=0)

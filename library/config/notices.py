@@ -162,7 +162,10 @@ def _network(cfg: RunConfig) -> Iterator[str]:
     network = cfg.network
     if network.dim_from_weights and cfg.is_given("network_dim"):
         yield "network_dim is ignored: dim_from_weights takes the ranks from network_weights"
-    if network.network_train_unet_only and network.text_encoder_lr:
+    if (network.network_module or "").removeprefix("networks.") == "oft":
+        if network.text_encoder_lr:
+            yield "text_encoder_lr has no effect: networks.oft adapts the U-Net only"
+    elif network.network_train_unet_only and network.text_encoder_lr:
         yield "text_encoder_lr has no effect: network_train_unet_only leaves the text encoders as they are"
     if network.network_train_text_encoder_only and network.unet_lr is not None:
         yield "unet_lr has no effect: network_train_text_encoder_only leaves the U-Net as it is"

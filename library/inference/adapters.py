@@ -1,14 +1,19 @@
 """Putting networks on a model: the naming of its parts, several networks with strengths, merging."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from library.errors import UserError
+from library.io.hashing import tensors_identity
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger
 from library.models.bundle import ModelBundle
 from library.models.keymaps.unet import diffusers_to_sai
 from library.plugins import load_plugin
+from networks._files import format_of
 from networks._keys import AdapterRoot
 from networks._network import AdapterNetwork
 
@@ -64,6 +69,29 @@ def set_strengths(networks: Sequence[AdapterNetwork], strengths: Sequence[float]
         network.set_multiplier(strengths[min(index, len(strengths) - 1)])
 
 
+def merge_base_weights(
+    bundle: ModelBundle, files: Sequence[Mapping[str, Tensor]], *, names: Sequence[str], muls: Sequence[float]
+) -> None:
+    """Merge network files of any kind of this suite into the model for good; muls: strengths, 1.0 where missing.
+
+    Text encoders that change get another identity, so that outputs cached before are not taken for theirs.
+    Raises UserError for files made for another model.
+    """
+    strengths = [*muls, *[1.0] * (len(files) - len(muls))]
+    parts, changed = set(), hashlib.sha256()
+    for tensors, name, strength in zip(files, names, strengths, strict=True):
+        kind = load_plugin("networks", format_of(tensors).kinds[0].removeprefix("networks."))
+        network = kind.create_from_weights(adapter_roots(bundle), tensors, multiplier=strength, where=name)
+        network.merge(backup=False)
+        parts |= {target.part for target in network.targets.values()}
+        changed.update(f"{strength!r} {tensors_identity(tensors)}".encode())
+        logger.info("merged %s x %g into the model (%d modules)", name, strength, len(network.adapters))
+    stored, merged = bundle.identify, changed.hexdigest()[:16]
+    names_of = {"te1": "text_encoder_1", "te2": "text_encoder_2", "unet": "unet"}
+    differ = {names_of[part] for part in parts}
+    bundle.identify = lambda part: stored(part) + (merged if part in differ else "")
+
+
 def _text_name(path: str) -> str:
     """sd-scripts' name of a text encoder's module: transformers leaves `text_model.` out of CLIPTextModel's paths."""
     return path if path.startswith(("text_model.", "text_projection")) else "text_model." + path
@@ -79,5 +107,5 @@ def _read(bundle: ModelBundle, module: str, path: Path, strength: float) -> Adap
         network = kind.create_from_weights(adapter_roots(bundle), tensors, multiplier=strength, where=str(path))
     for adapter in network.adapters.values():
         weight = adapter.base.weight
-        adapter.to(device=weight.device, dtype=weight.dtype)
+        adapter.place(weight.device, weight.dtype)
     return network.eval().requires_grad_(False)

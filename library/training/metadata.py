@@ -31,6 +31,7 @@ SAME_NAME = (
     "network_dim",
     "network_alpha",
     "network_dropout",
+    "scale_weight_norms",
     "mixed_precision",
     "full_fp16",
     "fp8_base",
@@ -71,7 +72,6 @@ NOT_USED = {
     f"ss_{name}": value
     for name, value in {
         "lowram": False,
-        "scale_weight_norms": None,
     }.items()
 }
 

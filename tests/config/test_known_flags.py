@@ -66,7 +66,7 @@ def test_files_of_other_programs_are_full_of_defaults(run_toml, toml_text):
 @pytest.mark.parametrize(
     ("argv", "what"),
     [
-        (["--base_weights", "a", "b"], "--base_weights is not supported yet"),
+        (["--torch_compile"], "--torch_compile is not supported yet"),
         (["--t5xxl=a"], "--t5xxl only acts for other model families"),
         (["--v2"], "--v2 is for Stable Diffusion 2"),
         (["--outdir", "a"], "--outdir is an option of sdxl_gen_img.py, not of sdxl_train_network.py"),

@@ -118,6 +118,37 @@ TRAINER_CASES = [
         "fused_backward_pass cannot be used with prodigyopt.Prodigy",
     ),
     ("ranks_come_from_a_file", {"dim_from_weights": True}, "needs network_weights"),
+    ("strengths_belong_to_files", {"base_weights_multiplier": [0.5]}, "more values than base_weights has files"),
+    (
+        "norms_can_be_limited",
+        {"scale_weight_norms": 1.0, "network_module": "networks.oft"},
+        "has no meaning for networks.oft",
+    ),
+    (
+        "norms_can_be_limited",
+        {"scale_weight_norms": 1.0, "optimizer_type": "AdamWScheduleFree"},
+        "cannot be used with AdamWScheduleFree",
+    ),
+    (
+        "oft_is_for_the_unet",
+        {"network_module": "oft", "network_train_text_encoder_only": True},
+        "networks.oft adapts the U-Net only",
+    ),
+    (
+        "dora_reads_the_base",
+        {"network_module": "networks.dora", "fp8_base": True, "mixed_precision": "bf16"},
+        "networks.dora cannot be used with fp8_base",
+    ),
+    (
+        "one_rate_for_all_modules",
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "network_args": ["loraplus_lr_ratio=4"]},
+        "loraplus_lr_ratio makes several",
+    ),
+    (
+        "one_rate_for_all_modules",
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "network_args": ["target_rules=attn1 -> lr=1.0"]},
+        "target_rules makes several",
+    ),
     ("networks_are_files", {"save_model_as": "diffusers"}, "a network is saved as a single file"),
     ("output_is_named", {"output_dir": ""}, "output_dir is missing"),
     ("samples_need_prompts", {"sample_every_n_steps": 5}, "sample_every_n_steps needs sample_prompts"),
@@ -238,6 +269,10 @@ def test_every_rule_has_a_case():
         {"fused_backward_pass": True, "max_grad_norm": 0.0, "mixed_precision": "bf16"},
         {"fused_optimizer_groups": 0, "max_grad_norm": 1.0},
         {"cache_latents": True, "flip_aug": True},
+        {"scale_weight_norms": 0, "network_module": "networks.oft"},
+        {"scale_weight_norms": 1.0, "network_module": "networks.dora"},
+        {"network_module": "networks.oft", "fp8_base": True, "mixed_precision": "bf16"},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0, "network_args": ["target_rules=attn1 -> dim=8"]},
     ],
 )
 def test_legal_combinations_pass(problems_of, changes):
@@ -413,7 +448,8 @@ def test_rates_and_schedules_that_fit_need_no_notice(complete, changes):
         ({"sample_prompts": "nowhere.txt"}, "sample_prompts nowhere.txt does not exist"),
         ({"sample_prompts": "prompts.md"}, "sample_prompts prompts.md is of no known kind"),
         ({"network_module": "networks.laro"}, "network_module networks.laro does not exist"),
-        ({"network_module": "networks.dylora"}, "network_module networks.dylora is not supported yet"),
+        ({"network_module": "networks.control_net_lllite"}, "networks.control_net_lllite is not supported yet"),
+        ({"base_weights": ["nowhere.safetensors"]}, "base_weights nowhere.safetensors does not exist"),
         ({"network_module": "no_such_package.kohya"}, "cannot be found"),
     ],
 )

@@ -6,19 +6,12 @@ import sys
 import pytest
 
 from library.errors import UserError
-from networks._args import NOT_YET, LoraArgs, lora_args, neuron_dropout
+from networks._args import LoraArgs, lora_args, neuron_dropout
 
 
 def test_values_are_typed():
     args = lora_args({"conv_dim": "8", "conv_alpha": "0.5", "rank_dropout": "0.1", "module_dropout": "0"})
     assert args == LoraArgs(conv_dim=8, conv_alpha=0.5, rank_dropout=0.1, module_dropout=0.0)
-
-
-@pytest.mark.parametrize("key", sorted(NOT_YET))
-def test_sd_scripts_keys_that_have_no_effect_are_refused_by_name(key):
-    with pytest.raises(UserError) as error:
-        lora_args({key: "1"})
-    assert f'"{key}" is not supported yet' in error.value.problems[0].what
 
 
 def test_an_unknown_key_names_the_nearest():

@@ -152,3 +152,47 @@ def test_wrong_widths_wrong_ranks_and_incomplete_modules_are_named(tiny_roots, t
     assert "rank 4 in the file, the network has 8" in error.value.problems[0].what
     assert "to 4" in error.value.problems[0].fix
     assert problem(tiny_roots, {}) == "the file holds no tensors"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_down.weight": torch.full((4, 80), torch.nan)}, "not finite"),
+        ({"lora_up.weight": torch.full((80, 4), torch.inf)}, "not finite"),
+        ({"lora_down.weight": torch.zeros(0, 80), "lora_up.weight": torch.zeros(80, 0)}, "a rank of 0"),
+    ],
+)
+def test_broken_values_are_named_with_their_tensor(tiny_roots, tensors, changes, words):
+    name = "lora_unet_middle_block_1_proj_in"
+    broken = dict(tensors) | {f"{name}.{tail}": value for tail, value in changes.items()}
+    what = problem(tiny_roots, broken)
+    assert words in what and name in what
+
+
+def test_names_of_two_programs_in_one_file_are_refused(tiny_roots, tensors):
+    mixed = dict(tensors) | {"lycoris_unet_middle_block_1_proj_in.lora_down.weight": torch.zeros(4, 80)}
+    what = problem(tiny_roots, mixed)
+    assert "mixes names of several programs" in what and "lycoris_unet_" in what
+
+
+def test_one_module_under_both_its_names_is_refused(tiny_roots, tensors):
+    twice = dict(tensors) | {"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)}
+    assert "under two names" in problem(tiny_roots, twice)
+
+
+def test_missing_alphas_are_counted(tiny_roots, tensors, caplog):
+    name = "lora_unet_middle_block_1_proj_in"
+    network = lora.create_from_weights(tiny_roots, {k: v for k, v in tensors.items() if k != f"{name}.alpha"})
+    assert network.adapters[name].scale == 1.0
+    assert f"1 of its {len(network.adapters)} modules have no alpha" in caplog.text
+
+
+def test_a_truncated_file_is_named(network, tmp_path):
+    from library.io.safetensors_file import TensorReader
+
+    path = tmp_path / "lora.safetensors"
+    save_file(network.export()[0], path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError) as error:
+        TensorReader(path)
+    assert "lora.safetensors" in str(error.value.problems[0].where) or "lora.safetensors" in str(error.value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.data.types import Batch
 from library.errors import UserError
-from library.inference.adapters import adapter_roots
+from library.inference.adapters import adapter_roots, merge_base_weights
 from library.io.safetensors_file import TensorReader
 from library.models import checkpoint
 from library.plugins import load_plugin
@@ -44,10 +44,12 @@ class NetworkTrainable:
                 where="--network_module",
                 fix="use networks.lora",
             )
-        self.parts = _parts(cfg)
+        able: tuple[Part, ...] = getattr(self.module, "PARTS", ("te1", "te2", "unet"))
+        self.parts = tuple(part for part in _parts(cfg) if part in able)
         self.trains = frozenset(part for part in self.parts if self._rate(part))
         # Read now: a broken file is found before the model is loaded, and a network is small.
         self._weights = _read(cfg.network.network_weights) if cfg.network.network_weights else None
+        self._base_weights = [_read(path) for path in cfg.network.base_weights]
         self.network: AdapterNetwork
 
     def _rate(self, part: Part) -> float:
@@ -59,14 +61,26 @@ class NetworkTrainable:
         return rates[0] if part == "te1" else rates[-1]
 
     def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
-        """Nothing to change: the base stays as it is."""
+        """Merge `--base_weights` into the base; what is cached and trained afterwards sees the result."""
+        settings = self.cfg.network
+        if self._base_weights:
+            merge_base_weights(
+                bundle, self._base_weights, names=settings.base_weights, muls=settings.base_weights_multiplier
+            )
+        self._base_weights = []
 
     def attach(self, bundle: ModelBundle) -> nn.Module:
         """Build the network on `bundle`, load `--network_weights`, and hook it into the forward passes."""
         settings = self.cfg.network
         roots = [root for root in adapter_roots(bundle) if root.part in self.parts]
         if settings.dim_from_weights:
-            self.network = self.module.create_from_weights(roots, self._weights, where=settings.network_weights)
+            self.network = self.module.create_from_weights(
+                roots,
+                self._weights,
+                where=settings.network_weights,
+                dropout=settings.network_dropout,
+                args=settings.network_kwargs(),
+            )
         else:
             self.network = self.module.create(
                 roots,
@@ -92,8 +106,9 @@ class NetworkTrainable:
         return nullcontext()
 
     def after_step(self) -> Mapping[str, Tensor]:
-        """Nothing to repair after a step."""
-        return {}
+        """Limit the norms of what the modules add (`--scale_weight_norms`); how many were shrunk, mean and largest."""
+        limit = self.cfg.network.scale_weight_norms
+        return self.network.limit_norms(limit) if limit else {}
 
     def metadata(self) -> dict[str, str]:
         """The network's dims and arguments as its file names them."""

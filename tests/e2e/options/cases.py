@@ -169,13 +169,16 @@ PICTURES: dict[str, Case] = {
     "sample_sampler": Case("ddim", {**SAMPLES, "sample_at_first": True}, lambda seen: seen.pictures),
 }
 NETWORKS: dict[str, Case] = {
-    "network_module": Case("networks.oft"),
+    "network_module": Case("networks.lora_fa"),
     "network_dim": Case(4),
     "network_alpha": Case(4.0),
     "network_dropout": Case(0.5, {"max_train_steps": 4}),
     "network_args": Case(["conv_dim=2"]),
     "network_weights": Case("{folder}/{run}/net.safetensors"),
     "dim_from_weights": Case(True, {"network_weights": "{folder}/{run}/net.safetensors", "network_dim": 4}),
+    "scale_weight_norms": Case(1e-3),
+    "base_weights": Case(["{folder}/{run}/net.safetensors"]),
+    "base_weights_multiplier": Case([9.0], {"base_weights": ["{folder}/{run}/net.safetensors"]}),
     "network_train_unet_only": Case(True),
     "network_train_text_encoder_only": Case(True),
     "unet_lr": Case(1e-2),
@@ -293,6 +296,8 @@ ELSEWHERE = {
 
 def filled(value: Any, *, folder: Path, run: str, out: str) -> Any:
     """`value` with its {folder}, {run} and {out} replaced."""
+    if isinstance(value, list):
+        return [filled(item, folder=folder, run=run, out=out) for item in value]
     if isinstance(value, str) and "{" in value:
         return value.replace("{folder}", str(folder)).replace("{run}", f"first-{run}").replace("{out}", out)
     return value
