@@ -24,6 +24,10 @@ from networks._block_weights import block_factor
 
 logger = get_logger(__name__)
 
+# LyCORIS' algorithms whose merged weight has alpha / dim twice (4.1.3: `get_diff_weight` scales what `get_weight` has
+# scaled); their weight is built as their forward pass builds it.
+SCALED_TWICE = frozenset({"loha", "kron"})
+
 Groups = list[dict[str, Any]]
 Change = Callable[[], dict[str, Tensor]]
 
@@ -319,7 +323,14 @@ def untouched_settings(module: ModuleType) -> Iterator[None]:
 @torch.no_grad()
 def _change(unit: Any) -> dict[str, Tensor]:
     layer = unit.org_module[0]
-    merged = unit.get_merged_weight(unit.multiplier, layer.weight.shape, layer.weight.device)
+    if getattr(unit, "name", None) in SCALED_TWICE:
+        diff = unit.get_weight(layer.weight.shape) * unit.scalar
+        if unit.wd:
+            merged = unit.apply_weight_decompose(layer.weight + diff, unit.multiplier), None
+        else:
+            merged = layer.weight + diff * unit.multiplier, None
+    else:
+        merged = unit.get_merged_weight(unit.multiplier, layer.weight.shape, layer.weight.device)
     found = {name: value for name, value in zip(("weight", "bias"), merged, strict=True) if value is not None}
     return {name: value.float() - getattr(layer, name).float() for name, value in found.items()}
 

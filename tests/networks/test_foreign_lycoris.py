@@ -156,7 +156,7 @@ def test_the_file_of_each_algorithm_gives_the_same_output_live_and_added(tiny_un
     assert torch.allclose(outputs(started), trained, atol=1e-5)
     fresh = copy.deepcopy(tiny_unet).requires_grad_(False)
     if algo == "ia3":
-        with pytest.raises(UserError, match="lycoris.kohya failed with TypeError"):  # its own defect in 4.1.3
+        with pytest.raises(UserError, match=r"lycoris\.kohya failed with TypeError"):  # its own defect in 4.1.3
             _foreign.create_from_weights(kohya, host_on(fresh), path)
         return
     loaded = _foreign.create_from_weights(kohya, host_on(fresh), path, for_inference=True)
