@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         debug_dataset(cfg)
         return 0
     from library.training.launch import train
-    from library.training.trainables.network import NetworkTrainable
+    from library.training.trainables.networks import network_trainable
 
-    train(cfg, NetworkTrainable(cfg))
+    train(cfg, network_trainable(cfg))
     return 0
 
 

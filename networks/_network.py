@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.log import get_logger
 from networks._adapter import Adapter
+from networks._block_weights import block_factor
 from networks._files import LORA, FileFormat, check_fit, group_tensors
 from networks._groups import RatePlan, part_groups
 from networks._keys import PARTS, Target
@@ -57,6 +58,7 @@ class AdapterNetwork(nn.Module):
         self.form = form
         self.rates = rates or RatePlan()
         self.attached = False
+        self.block_weights: tuple[float, ...] = ()
         self._backup: dict[str, Tensor] | None = None
         self.set_multiplier(multiplier)
         for target, adapter in pairs:
@@ -85,8 +87,13 @@ class AdapterNetwork(nn.Module):
     def set_multiplier(self, multiplier: float) -> None:
         """Scale every adapter's addition; 0 gives the base model exactly."""
         self.multiplier = multiplier
-        for adapter in self.adapters.values():
-            adapter.multiplier = multiplier
+        for name, adapter in self.adapters.items():
+            adapter.multiplier = multiplier * block_factor(name, self.block_weights)
+
+    def set_block_weights(self, weights: tuple[float, ...]) -> None:
+        """Give each block a weight of its own beside the multiplier; see `block_factor`."""
+        self.block_weights = weights
+        self.set_multiplier(self.multiplier)
 
     def param_groups(
         self, unet_lr: float | None, text_encoder_lrs: Sequence[float], default_lr: float | None
@@ -168,10 +175,10 @@ class AdapterNetwork(nn.Module):
         scale = self.multiplier if multiplier is None else multiplier
         if backup:
             self._backup = {name: a.base.weight.detach().to("cpu", copy=True) for name, a in self.adapters.items()}
-        for adapter in self.adapters.values():
+        for name, adapter in self.adapters.items():
             weight = adapter.base.weight
             delta = adapter.delta_weight().to(weight.device)
-            weight.copy_(weight.float() + scale * delta)
+            weight.copy_(weight.float() + scale * block_factor(name, self.block_weights) * delta)
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORKS_LATER, ROOT
+from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORK_PACKAGES, NETWORKS_LATER, ROOT
 from library.config.fields import NETWORK, TRAINER
 from library.config.known_flags import nearest
 from library.config.run_config import RunConfig
@@ -158,6 +158,7 @@ def network_problem(value: str, *, where: str) -> Problem | None:
     except (ImportError, ValueError):
         found = None
     if found is None:
-        fix = f"install the package {top}, or check the spelling; own modules are looked up on PYTHONPATH"
+        package = f"pip install {NETWORK_PACKAGES[top]}" if top in NETWORK_PACKAGES else f"install the package {top}"
+        fix = f"{package}, or check the spelling; own modules are looked up on PYTHONPATH"
         return Problem(f"network_module {value} cannot be found", where, fix)
     return None

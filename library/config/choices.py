@@ -42,3 +42,6 @@ NETWORKS_LATER = ("control_net_lllite",)
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 EMBEDDED_MODEL = "tiny"
+
+# Python packages of well-known network modules, by the first word of the module's path.
+NETWORK_PACKAGES = {"lycoris": "lycoris-lora"}

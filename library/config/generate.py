@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import field_validator
 
+from library.config.block_weights import parse_block_weights
 from library.config.choices import PREDICTION_TYPES, SAMPLERS
 from library.config.console import ConsoleOptions
 from library.config.fields import GENERATOR, option
@@ -66,7 +67,19 @@ class GenerateOptions(ConsoleOptions):
     network_weights: tuple[str, ...] = option((), "network files", path=True)
     network_mul: tuple[float, ...] = option((), "strengths of the networks (unset: 1.0 each)")
     network_args: tuple[str, ...] = option((), "arguments, one text per network: key=value;key=value")
-    network_merge: bool = option(False, "merge the networks into the model instead of applying them")
+    network_block_weights: tuple[str, ...] = option(
+        (),
+        "weights of the model's blocks, one text per network: 26, 20 or 12 numbers (BASE,IN00-IN11,MID,OUT00-OUT11 or "
+        "a part of it) or 23 (the U-Net's blocks); an empty text leaves a network as it is",
+    )
+    network_merge: bool = option(False, "merge all networks into the model instead of applying them")
+    network_merge_n_models: int | None = option(
+        None, "merge the first N networks into the model and apply the others", ge=0
+    )
+    network_pre_calc: bool = option(
+        False, "add the networks to the model's weights before a batch, instead of computing them in every step"
+    )
+    network_show_meta: bool = option(False, "print the metadata of the network files")
     sdpa: bool = option(False, "PyTorch's scaled-dot-product attention, which is also the default")
     xformers: bool = option(False, "attention of the xformers library; needs CUDA")
 
@@ -89,6 +102,13 @@ class GenerateOptions(ConsoleOptions):
     def _readable_pairs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
             split_pairs(part for part in text.split(";") if part.strip())
+        return value
+
+    @field_validator("network_block_weights")
+    @classmethod
+    def _readable_weights(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            parse_block_weights(text)
         return value
 
     def network_kwargs(self, index: int) -> dict[str, str]:

@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from library.errors import UserError
+from library.inference.foreign import load_foreign
 from library.io.hashing import tensors_identity
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger
@@ -14,6 +16,7 @@ from library.models.bundle import ModelBundle
 from library.models.keymaps.unet import diffusers_to_sai
 from library.plugins import load_plugin
 from networks._files import format_of
+from networks._foreign import is_foreign
 from networks._keys import AdapterRoot
 from networks._network import AdapterNetwork
 
@@ -53,7 +56,7 @@ def load_networks(
     strengths = [*muls, *[1.0] * (len(weights) - len(muls))]
     networks = []
     for module, path, strength in zip(modules, weights, strengths, strict=True):
-        network = _read(bundle, module, Path(path), strength)
+        network = read_network(bundle, module, Path(path), strength)
         counts = ", ".join(f"{network.count(part)} in {part}" for part in ("te1", "te2", "unet") if network.count(part))
         logger.info("%s %s x %g (%s)", "merged" if merge else "applied", path, strength, counts)
         if merge:
@@ -97,12 +100,24 @@ def _text_name(path: str) -> str:
     return path if path.startswith(("text_model.", "text_projection")) else "text_model." + path
 
 
-def _read(bundle: ModelBundle, module: str, path: Path, strength: float) -> AdapterNetwork:
+def read_network(
+    bundle: ModelBundle, module: str, path: Path, strength: float, args: Mapping[str, str] | None = None
+) -> Any:
+    """The network of a file, on its parts' devices and in their dtypes, not attached yet: this suite's or another's.
+
+    args: arguments of a third-party module. Raises UserError for files that are missing, broken or for another model.
+    """
     kind = load_plugin("networks", module)
-    if not hasattr(kind, "create_from_weights"):
-        raise UserError(f"{module} is not a network module of this suite", "network_module", "use networks.lora")
     if not path.is_file():
         raise UserError("there is no such network file", str(path), "check the path in network_weights")
+    if is_foreign(kind):
+        return load_foreign(bundle, kind, path, strength=strength, args=args)
+    if not hasattr(kind, "create_from_weights"):
+        raise UserError(f"{module} is not a network module", "network_module", "use networks.lora")
+    if args:
+        raise UserError(
+            "network_args have no effect on networks that are loaded from files", "network_args", "remove it"
+        )
     with TensorReader(path) as tensors:
         network = kind.create_from_weights(adapter_roots(bundle), tensors, multiplier=strength, where=str(path))
     for adapter in network.adapters.values():

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.diffusion.conditioning import TextCond
-from library.inference.adapters import set_strengths
 from library.inference.denoise import denoise
 from library.inference.guidance import guided
+from library.inference.network_set import at_strengths
 from library.inference.prompt_line import CELL, MAX_SEED, GenRequest
 from library.inference.samplers import make_scheduler, start_noise
 from library.inference.texts import Conditioning, TextForm
 from library.log import Console
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl
-from networks._network import AdapterNetwork
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows: shorter work needs none
 
@@ -35,7 +34,7 @@ def encode_requests(
     *,
     device: torch.device | str | None = None,
     text_form: TextForm | Literal["generate", "train"] = "generate",
-    networks: Sequence[AdapterNetwork] = (),
+    networks: Sequence[Any] = (),
 ) -> Conditioning:
     """Encode what the requests say, equal prompts once; the result is on the CPU.
 
@@ -45,7 +44,7 @@ def encode_requests(
     conditioning = Conditioning(TextForm(text_form) if isinstance(text_form, str) else text_form)
     with _on(device, bundle.text_encoder_1, bundle.text_encoder_2):
         for request in requests:
-            with _strengths(networks, request):
+            with at_strengths(networks, request.network_muls):
                 conditioning.add(bundle, request)
     return conditioning
 
@@ -60,7 +59,7 @@ def generate(
     vae_batch_size: int | None = None,
     conditioning: Conditioning | None = None,
     text_form: TextForm | Literal["generate", "train"] = "generate",
-    networks: Sequence[AdapterNetwork] = (),
+    networks: Sequence[Any] = (),
 ) -> Iterator[tuple[GenRequest, Image.Image]]:
     """Draw the requests and yield each with its picture, in their order.
 
@@ -82,7 +81,7 @@ def generate(
         ) as bar,
     ):
         for batch in _batches(requests, batch_size, conditioning):
-            with _strengths(networks, batch[0]):
+            with at_strengths(networks, batch[0].network_muls):
                 latents = _denoised(bundle, batch, conditioning, bar=bar)
             pictures = _decoded(bundle, latents, vae_batch_size or batch_size)
             yield from zip(batch, pictures, strict=True)
@@ -142,17 +141,6 @@ def _decoded(bundle: ModelBundle, latents: Tensor, at_once: int) -> Iterator[Ima
         values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         for picture in values.permute(0, 2, 3, 1).cpu().numpy():
             yield Image.fromarray(np.ascontiguousarray(picture))
-
-
-@contextmanager
-def _strengths(networks: Sequence[AdapterNetwork], request: GenRequest) -> Iterator[None]:
-    """Networks at the strengths that a request asks for, afterwards back at their own."""
-    before = [network.multiplier for network in networks]
-    if networks and request.network_muls:
-        set_strengths(networks, request.network_muls)
-    yield
-    if networks:
-        set_strengths(networks, before)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.errors import UserError
-from library.inference.adapters import load_networks
 from library.inference.launch import encode_requests, generate
+from library.inference.network_set import check_strengths, load_set
 from library.inference.prediction import settle
 from library.inference.prompt_line import CELL, MAX_SEED, GenRequest, parse_line, read_lines
 from library.inference.texts import TextForm
@@ -21,7 +21,6 @@ from library.models import attention
 from library.models.bundle import ModelBundle
 from library.models.checkpoint import load_bundle
 from library.sizes import Size
-from networks._network import AdapterNetwork
 
 if TYPE_CHECKING:
     from library.config.generate import GenerateOptions
@@ -34,18 +33,8 @@ def run(cfg: "RunConfig") -> list[Path]:
     """Draw everything that the configuration asks for and return the pictures' paths, in order."""
     options: GenerateOptions = cfg.generate
     lines = read_lines(Path(options.from_file)) if options.from_file else [options.prompt]
-    if options.network_args:
-        raise UserError(
-            "network_args have no effect on networks that are loaded from files", "network_args", "remove it"
-        )
     bundle = _load(cfg)
-    networks = load_networks(
-        bundle,
-        modules=options.network_module,
-        weights=options.network_weights,
-        muls=options.network_mul,
-        merge=options.network_merge,
-    )
+    networks = load_set(bundle, options)
     defaults = GenRequest(
         size=_size(options, bundle), steps=options.steps, scale=options.scale, sampler=options.sampler
     )
@@ -57,7 +46,7 @@ def run(cfg: "RunConfig") -> list[Path]:
             seed=options.seed,
         )
     )
-    _check_strengths(requests, networks, merged=options.network_merge)
+    check_strengths(requests, networks, merged=bool(options.network_weights))
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
     form = TextForm("generate", options.max_embeddings_multiples or 1)
     conditioning = encode_requests(bundle, requests, text_form=form, networks=networks)
@@ -130,14 +119,3 @@ def _vae_batch_size(options: "GenerateOptions") -> int | None:
     if size is None:
         return None
     return max(1, int(size * options.batch_size if size < 1 else size))
-
-
-def _check_strengths(requests: Sequence[GenRequest], networks: Sequence[AdapterNetwork], *, merged: bool) -> None:
-    for request in requests:
-        if request.network_muls and not networks:
-            reason = "they are merged into the model" if merged else "no networks are loaded"
-            raise UserError(
-                f"--am has nothing to act on: {reason}",
-                request.raw,
-                "remove --am" + (" or network_merge" if merged else ""),
-            )

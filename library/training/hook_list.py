@@ -60,6 +60,7 @@ def hooks(run: Run, parts: Parts) -> list[Hook]:
         found.insert(0, _ema(parts, parts.ema))
     if run.previews:
         found.append(Paused(_preview(run, parts)))
+    found += getattr(run.trainable, "hooks", list)()  # last: what an epoch begins with comes after what ends it
     return found
 
 

@@ -181,6 +181,7 @@ FULL_CASES = [
         "nothing would train",
     ),
 ]
+MERGED = {"network_module": ["networks.lora"], "network_weights": [__file__], "network_merge": True}
 GENERATOR_CASES = [
     ("checkpoint_is_named", {"ckpt": ""}, "ckpt is missing"),
     ("prompt_is_there", {"prompt": None}, "there is no prompt"),
@@ -189,7 +190,13 @@ GENERATOR_CASES = [
     ("networks_match", {"network_mul": [0.5]}, "network_mul has more values"),
     ("one_prediction_type", {"prediction_type": "epsilon", "v_parameterization": True}, "two prediction types"),
     ("only_flow_is_shifted", {"prediction_type": "epsilon", "flow_shift": 3.0}, "not on epsilon"),
-    ("networks_match", {"network_merge": True}, "no network to merge"),
+    ("networks_match", {"network_block_weights": [",".join("1" * 12)]}, "network_block_weights has more values"),
+    ("networks_are_merged_or_live", {"network_merge": True}, "no network to act on"),
+    ("networks_are_merged_or_live", {"network_pre_calc": True}, "no network to act on"),
+    ("networks_are_merged_or_live", {"network_show_meta": True}, "no network to act on"),
+    ("networks_are_merged_or_live", {"network_merge_n_models": 1}, "there are 0 networks"),
+    ("networks_are_merged_or_live", MERGED | {"network_merge_n_models": 1}, "merges all networks"),
+    ("networks_are_merged_or_live", MERGED | {"network_pre_calc": True}, "all are merged"),
 ]
 
 

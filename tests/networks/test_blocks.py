@@ -65,7 +65,12 @@ def test_shapes_of_dora_magnitudes_on_the_full_model(unet_root):
 
 @pytest.mark.parametrize(
     ("args", "count"),
-    [({}, 560), ({"enable_all_linear": "False"}, 560), ({"enable_all_linear": "true"}, 722), ({"enable_conv": "1"}, 788)],
+    [
+        ({}, 560),
+        ({"enable_all_linear": "False"}, 560),
+        ({"enable_all_linear": "true"}, 722),
+        ({"enable_conv": "1"}, 788),
+    ],
 )
 def test_oft_has_560_722_or_788_modules_of_the_unet(full_roots, args, count):
     network = oft.create(full_roots, dim=4, alpha=1e-3, args=args)

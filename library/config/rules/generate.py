@@ -33,7 +33,39 @@ def one_precision(cfg: RunConfig) -> list[Problem]:
     return conflict(cfg, "fp16 and bf16 are two precisions", "fp16", "bf16", fix="keep one of them")
 
 
-@rule("network_module", "network_weights", "network_mul", "network_args", "network_merge", runs=GENERATOR)
+@rule(
+    "network_merge",
+    "network_merge_n_models",
+    "network_pre_calc",
+    "network_show_meta",
+    "network_module",
+    "network_weights",
+    runs=GENERATOR,
+)
+def networks_are_merged_or_live(cfg: RunConfig) -> list[Problem]:
+    """What is said about merging fits the networks, and something is left for what is said about the others."""
+    options, problems = cfg.generate, []
+    count, first = len(options.network_weights), options.network_merge_n_models
+    for name in ("network_merge", "network_pre_calc", "network_show_meta"):
+        if cfg.get(name) and not count and not options.network_module:
+            problems += conflict(cfg, f"{name} has no network to act on", name, fix="name network_weights")
+    if first is not None and options.network_merge:
+        names = ("network_merge", "network_merge_n_models")
+        problems += conflict(cfg, "network_merge merges all networks, not the first N", *names, fix="keep one of them")
+    elif first is not None and first > count:
+        what = f"network_merge_n_models is {first}, and there are {count} networks"
+        problems += conflict(cfg, what, "network_merge_n_models", fix="lower it, or name more network_weights")
+    if options.network_pre_calc and count and (options.network_merge or first == count):
+        problems += conflict(
+            cfg,
+            "network_pre_calc has no network to act on: all are merged",
+            "network_pre_calc",
+            fix="remove it, or merge fewer networks",
+        )
+    return problems
+
+
+@rule("network_module", "network_weights", "network_mul", "network_args", "network_block_weights", runs=GENERATOR)
 def networks_match(cfg: RunConfig) -> list[Problem]:
     """Every network has a module and a file; strengths and arguments belong to one of them."""
     modules, weights = len(cfg.generate.network_module), len(cfg.generate.network_weights)
@@ -46,9 +78,7 @@ def networks_match(cfg: RunConfig) -> list[Problem]:
             "network_weights",
             fix="name them in the same order",
         )
-    for name in ("network_mul", "network_args"):
+    for name in ("network_mul", "network_args", "network_block_weights"):
         if len(cfg.get(name)) > max(modules, weights):
             problems += conflict(cfg, f"{name} has more values than there are networks", name, fix="remove some")
-    if cfg.generate.network_merge and not weights and not modules:
-        problems += conflict(cfg, "network_merge has no network to merge", "network_merge", fix="name network_weights")
     return problems
