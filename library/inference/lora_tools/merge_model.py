@@ -64,9 +64,11 @@ def merge_into_checkpoint(
     Raises UserError where files do not fit, before anything is computed, and when nothing fits.
     """
     with ExitStack() as stack:
+        networks = [_OpenNetwork(source, stack) for source in sources]  # first, because that is quick
         model = StreamedModel(model_name, stack)
         targets = {target.name: target for target in model.targets()}
-        networks = [_OpenNetwork(source, targets, stack) for source in sources]
+        for network in networks:
+            network.find_in(targets)
         dtype = save_dtype or precision
         merged = {part: _Merged(model, part, networks, precision=precision, dtype=dtype) for part in PARTS}
         whole = _SingleFile(model, merged, dtype)
@@ -79,39 +81,38 @@ def merge_into_checkpoint(
 
 
 class _OpenNetwork:
-    """A network file with its modules found in the model."""
+    """A network file; its kind, names and values are checked when it is opened. UserError for what is broken."""
 
-    def __init__(self, source: Source, targets: Mapping[str, Target], stack: ExitStack) -> None:
+    def __init__(self, source: Source, stack: ExitStack) -> None:
         self.source, self.where = source, source.path
         self._tensors: TensorSource = stack.enter_context(read_checkpoint(os.path.expanduser(source.path), mmap=False))
         tails = {key.partition(".")[2] for key in self._tensors}
         name = next((module for tail, module in _KINDS.items() if tail in tails), "networks.lora")
         self.kind: ModuleType = load_plugin("networks", name)
-        if name == "networks.lora":
-            _check_lora(source.path, targets, stack)
-        self.keys = self._find(targets)
+        self.keys: dict[str, dict[str, str]] = {}  # target -> tail -> key
+        self._lora = LoraFile(source.path, stack).renamed() if name == "networks.lora" else {}
         for key in self._tensors:
+            refuse_foreign_part(key.partition(".")[0], self.where)
             if not torch.isfinite(self._tensors[key].float()).all():
                 raise UserError(f"{key} holds NaN or infinity", self.where, "the file is broken: use an earlier save")
 
-    def _find(self, targets: Mapping[str, Target]) -> dict[str, dict[str, str]]:
-        """Target name -> tail -> key; UserError for names given twice and when nothing is in the model."""
+    def find_in(self, targets: Mapping[str, Target]) -> None:
+        """Find the modules in the model; UserError for other widths, names given twice and when nothing is there."""
+        self._check_widths(targets)
         ours = {spelled: name for name, target in targets.items() for spelled in (name, target.alias)}
         ours |= {spelled.replace("lora_", "oft_", 1): name for spelled, name in ours.items()}
-        found: dict[str, dict[str, str]] = {}
         spelled_as: dict[str, str] = {}
         unknown: list[str] = []
         for key in self._tensors:
             module, _, tail = key.partition(".")
-            refuse_foreign_part(module, self.where)
             if module not in ours:
                 unknown += [] if module in unknown else [module]
                 continue
             name = ours[module]
             if spelled_as.setdefault(name, module) != module:
                 raise named_twice(name, spelled_as[name], module, self.where)
-            found.setdefault(name, {})[tail] = key
-        if not found:
+            self.keys.setdefault(name, {})[tail] = key
+        if not self.keys:
             raise UserError(
                 f"none of its {len(unknown)} modules is in this model (the first: {unknown[0]})",
                 self.where,
@@ -120,7 +121,16 @@ class _OpenNetwork:
         if unknown:
             shown = ", ".join(unknown[:_SHOWN])
             log.warning("%s: %d modules are not in this model and are left out (%s)", self.where, len(unknown), shown)
-        return found
+
+    def _check_widths(self, targets: Mapping[str, Target]) -> None:
+        for name, module in self._lora.items():
+            wanted = tuple(targets[name].module.weight.shape) if name in targets else module.shape
+            if module.shape != wanted:
+                raise UserError(
+                    f"{module.name} is for a weight of shape {module.shape}, this model's is {wanted}",
+                    self.where,
+                    "choose a LoRA made for SDXL models of this size",
+                )
 
     def delta(self, model: StreamedModel, target: Target, weight: Tensor) -> Tensor | None:
         """ratio * block weight * change of the float32 `weight`; None where this network has nothing to add."""
@@ -132,21 +142,6 @@ class _OpenNetwork:
         root = _lone_root(model.root_of(target), model.path_of(target), target.module, weight)
         network = self.kind.create_from_weights([root], tensors, where=self.where)
         return factor * sum(adapter.delta_weight() for adapter in network.adapters.values())
-
-
-def _check_lora(path: str, targets: Mapping[str, Target], stack: ExitStack) -> None:
-    """UserError for modules of a LoRA that are broken or as wide as another model's."""
-    for name, module in LoraFile(path, stack).renamed().items():
-        target = targets.get(name)
-        if target is None:
-            continue
-        wanted = tuple(target.module.weight.shape)
-        if module.shape != wanted:
-            raise UserError(
-                f"{module.name} is for a weight of shape {module.shape}, this model's is {wanted}",
-                path,
-                "choose a LoRA made for SDXL models of this size",
-            )
 
 
 def _lone_root(root: AdapterRoot, path: str, module: nn.Module, weight: Tensor) -> AdapterRoot:
