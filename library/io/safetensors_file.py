@@ -18,7 +18,7 @@ from library.io.atomic import atomic_path
 from library.io.read_back import write_checked
 from library.io.safetensors_header import ITEM_BITS, TensorInfo, read_header
 
-__all__ = ["TensorInfo", "TensorReader", "TensorSource", "read_header", "save", "serialized"]
+__all__ = ["ComputedTensors", "TensorInfo", "TensorReader", "TensorSource", "read_header", "save", "serialized"]
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -45,6 +45,14 @@ class TensorSource(Mapping[str, Tensor]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class ComputedTensors(Mapping[str, Tensor]):
+    """Tensors that cost work to make; `outline` lets a writer plan the file, so that it asks for each only once."""
+
+    def outline(self, name: str) -> Tensor:
+        """A meta tensor of the dtype and shape that `self[name]` will have."""
+        raise TypeError(f"{type(self).__name__} must define outline")
 
 
 class TensorReader(TensorSource):
@@ -91,13 +99,15 @@ def serialized(
 ) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: first the header, then one tensor after the other.
 
-    `tensors` may be lazy: each is asked for twice, once for its shape and once for its bytes, and none is kept.
+    `tensors` may be lazy: each is asked for twice, once for its shape and once for its bytes, and none is kept;
+    ComputedTensors are asked for their outlines and once for their bytes.
     Floating-point tensors are cast to `dtype` when one is given; any device and memory layout will do. The bytes are
     those of the reference writer, except that metadata keys are sorted (there they come in random order): tensors
     lie by falling dtype size, then by name.
     """
     specs: dict[str, TensorInfo] = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
+        tensor = tensors.outline(name) if isinstance(tensors, ComputedTensors) else tensors[name]
         assert tensor.dtype in _DTYPE_NAMES, f"{name}: {tensor.dtype} has no place in the format"
         specs[name] = TensorInfo(_DTYPE_NAMES[_stored_dtype(tensor, dtype)], tuple(tensor.shape))
     order = sorted(specs, key=lambda name: (_LAYOUT_ORDER[specs[name].dtype], name.encode()))

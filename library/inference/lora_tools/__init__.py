@@ -1,0 +1,1 @@
+"""Tools that merge, extract, resize and look at LoRA files, one module of a model at a time."""
