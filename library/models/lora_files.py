@@ -134,7 +134,7 @@ def _parsed(key: str, where: str) -> tuple[bool, LoraModule, str]:
     raise UserError(
         f"{key} is not a tensor of an SDXL LoRA in any naming known here",
         where,
-        "names are lora_unet_…, lora_te1_…, lora_te2_…, or unet.…, text_encoder.…, text_encoder_2.… with lora_A, lora_B",
+        "names are lora_unet_…, lora_te1_…, lora_te2_…, or unet.…, text_encoder.…, text_encoder_2.… with lora_A",
     )
 
 
