@@ -16,7 +16,9 @@ from library.training.optim import check_resumed, noted_classes
 from library.training.precision import fp16_gradient_scaler
 from library.training.prepare import prepare
 from library.training.state import Progress, TrainingState
+from library.training.tensor_step import fit_state
 from library.training.trainable import Trainable
+from library.training.update import Update
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -36,7 +38,7 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     run = prepare(cfg, trainable, accelerator)
     trainer, state = assemble(run)
     if cfg.loop.resume:
-        _resume(Path(cfg.loop.resume), state, trainer.update.optimizer)
+        _resume(Path(cfg.loop.resume), state, trainer.update)
     try:
         trainer.run()
         trainer.data.finish_filling()
@@ -44,8 +46,7 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
         raise UserError(
             f"the GPU ran out of memory: {str(error).splitlines()[0]}",
             where=f"step {trainer.view.progress.global_step + 1}",
-            fix="use --gradient_checkpointing, --mixed_precision bf16, --cache_latents, --cache_text_encoder_outputs "
-            "with --network_train_unet_only, a smaller --train_batch_size or a smaller --resolution",
+            fix=f"use {_memory_savers(trainable)}, a smaller --train_batch_size or a smaller --resolution",
         ) from error
     finally:
         trainer.data.close()
@@ -53,6 +54,13 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     if trainer.view.failure is not None:
         raise trainer.view.failure
     return trainer.view.progress
+
+
+def _memory_savers(trainable: Trainable) -> str:
+    common = "--gradient_checkpointing, --mixed_precision bf16, --cache_latents, --cache_text_encoder_outputs"
+    if trainable.owns:
+        return f"{common}, --full_bf16, --fused_backward_pass, --optimizer_type Adafactor"
+    return f"{common} with --network_train_unet_only, --fp8_base"
 
 
 def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
@@ -68,8 +76,9 @@ def _accelerator(cfg: RunConfig, trainable: Trainable) -> Accelerator:
     return accelerator
 
 
-def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
+def _resume(folder: Path, state: TrainingState, update: Update) -> None:
     """Load the state, and say what of it overrules this run's settings or cannot be exact."""
+    optimizer = update.optimizer
 
     def rates() -> list[float | None]:
         return [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -78,6 +87,7 @@ def _resume(folder: Path, state: TrainingState, optimizer: torch.optim.Optimizer
     built = noted_classes(optimizer)
     sentences = state.load(folder)
     check_resumed(optimizer, built, where=f"--resume {folder}")
+    sentences += [sentence for sentence in [fit_state(optimizer, update.widening)] if sentence]
     if rates() != asked:
         sentences.append(
             f"the learning rates are the state's {rates()}, not {asked} of this run; to change them, start from its "

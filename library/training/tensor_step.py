@@ -148,6 +148,24 @@ def widen_modes(optimizer: Any, widening: Widening) -> None:
         setattr(optimizer, name, partial(by_tensor, method))
 
 
+def fit_state(optimizer: torch.optim.Optimizer, widening: Widening | None) -> str:
+    """Give loaded state the dtype that steps need, after a resume with another precision; a sentence, or "".
+
+    Optimizers make state of the dtype of the weights they see: what was saved in half precision becomes float32 where
+    they now see float32, and torch's own optimizers, which mix nothing, get float32 state back in half precision.
+    """
+    own = type(optimizer).__module__.startswith("torch.optim")
+    changed = set()
+    for p, state in optimizer.state.items():
+        wanted = torch.float32 if widening is not None else p.dtype
+        for name, value in state.items():
+            is_moment = isinstance(value, Tensor) and value.is_floating_point() and value.shape == p.shape and p.ndim
+            if is_moment and value.dtype != wanted and (own or wanted == torch.float32):
+                changed.add(str(value.dtype).removeprefix("torch."))
+                state[name] = value.to(wanted)
+    return f"the optimizer's state was {', '.join(sorted(changed))} and is converted" if changed else ""
+
+
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 

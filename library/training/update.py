@@ -17,13 +17,15 @@ class Update(Protocol):
     """What the loop knows of an update; called once after the last backward pass of a step.
 
     params: all trained tensors. skipped: how many steps were left out in whole or in part because of a gradient that
-    is not finite. last_bad: 1.0 when the last step was one of them, else 0.0. Both are 0-d float32.
+    is not finite. last_bad: 1.0 when the last step was one of them, else 0.0. Both are 0-d float32. widening: how
+    half-precision parameters are stepped in float32, None where they are not.
     """
 
     optimizer: torch.optim.Optimizer
     params: list[Tensor]
     skipped: Tensor
     last_bad: Tensor
+    widening: Widening | None
 
     def __call__(self) -> Tensor:
         """Do what is left of the step, clear the gradients; return the global L2 norm before clipping (0-d float32)."""

@@ -1,6 +1,8 @@
 """The full fine-tune on the tiny model: what moves, what stays, what is written, and that resuming is exact."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from safetensors.torch import load_file
 from library.models import checkpoint
 from library.models.embedded import materialised_tiny
 from library.models.keymaps.unet import block_index
-from tests.e2e.conftest import copy_log, log_of
+from library.training.trainer import Trainer
+from tests.e2e.conftest import log_of
 from tests.e2e.test_resume import state_tensors
 
 UNET, TE1, TE2, VAE = (
@@ -95,19 +98,34 @@ def test_a_unet_from_scratch(fine_tune, tmp_path):
 
 
 @pytest.mark.e2e
-def test_resuming_is_exact_with_text_encoders_8_bit_and_accumulation(fine_tune):
+def test_resuming_after_sigterm_in_mid_epoch_is_exact(fine_tune, monkeypatch):
+    """With both text encoders, averages, 8-bit optimizer state and accumulation."""
     flags = [
         "--max_train_steps=6",
         "--train_text_encoder",
         "--gradient_accumulation_steps=3",
         "--optimizer_type=AdamW8bit",
         "--caption_dropout_rate=0.3",
+        "--use_ema",
+        "--ema_decay=0.5",
+        "--ema_update_interval=2",
         "--save_state",
     ]
-    whole = fine_tune("whole", *flags, "--save_every_n_steps=2")
-    copy_log(whole, whole.parent / "resumed")
-    resumed = fine_tune("resumed", *flags, f"--resume={whole / 'net-step00000002-state'}")
+    whole = fine_tune("whole", *flags)
+    one_step = Trainer._one_step
+
+    def interrupted(trainer, group):
+        if trainer.view.progress.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one_step(trainer, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", interrupted)
+        stopped = fine_tune("stopped", *flags)
+    (state,) = stopped.glob("*-state")
+    assert state.name == "net-step00000004-state", "the step that was running is finished; an epoch has three"
+    resumed = fine_tune("stopped", *flags, f"--resume={state}")
     expected, got = state_tensors(whole / "net-state"), state_tensors(resumed / "net-state")
-    assert expected.keys() == got.keys()
+    assert expected.keys() == got.keys() and any(".ema" in name or name.startswith("ema") for name in expected)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert log_of(whole) == log_of(resumed)

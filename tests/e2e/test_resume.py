@@ -8,8 +8,10 @@ from tests.e2e.conftest import copy_log, log_of
 
 
 def state_tensors(folder):
-    """Everything that a state folder holds of weights and optimizer, by name."""
+    """Everything that a state folder holds of weights, their averages and optimizer, by name."""
     tensors = load_file(folder / "trained.safetensors")
+    if (folder / "ema.pt").exists():
+        tensors |= _flat("ema", torch.load(folder / "ema.pt", weights_only=True))
     optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
     for index, values in optimizer["state"].items():
         tensors |= _flat(f"{index}", values)

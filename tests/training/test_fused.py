@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from library.training.fused import FusedUpdate
-from library.training.tensor_step import TensorStepper, Widening, looks_across_tensors, widen_modes
+from library.training.tensor_step import TensorStepper, Widening, fit_state, looks_across_tensors, widen_modes
 from library.training.update import GuardedUpdate
 
 # name -> (class, arguments)
@@ -137,6 +137,8 @@ def test_gradients_are_freed_inside_the_last_backward_pass_only(num_groups):
     update = FusedUpdate(torch.optim.SGD(net.groups(), lr=0.1), num_groups)
     net(torch.ones(2, 64)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+    update()
+    _train(net, update, 1, skip={(0, 0)})  # one layer has no gradient here, which must not be waited for later
     before = net.second.weight.detach().clone()
     with update.last_backward():
         net(torch.ones(2, 64)).sum().backward()
@@ -291,3 +293,19 @@ def test_steps_in_parts_leave_groups_and_their_tensors_as_they_were():
     assert all(
         a is b for group, want in zip(groups, params, strict=True) for a, b in zip(group["params"], want, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion", "CAME", "Adafactor"])
+@pytest.mark.parametrize("widened_first", [True, False])
+def test_a_state_of_another_precision_is_fitted(name, widened_first):
+    """From stepping in float32 to stepping in bf16, and back, as with and without stochastic rounding."""
+    widening = Widening(3, lambda: 0, stochastic=True)
+    net = Net(torch.bfloat16)
+    first, second = (widening, None) if widened_first else (None, widening)
+    optimizer = _maker(name)(net.groups())
+    _train(net, GuardedUpdate(optimizer, 0.0, widening=first), 2)
+    assert fit_state(optimizer, first) == ""
+    fit_state(optimizer, second)
+    before = net.first.weight.detach().clone()
+    _train(net, GuardedUpdate(optimizer, 0.0, widening=second), 2, start=2)
+    assert torch.isfinite(net.first.weight).all() and not torch.equal(net.first.weight, before)
