@@ -7,6 +7,7 @@ import sys
 from library.config.cli import parse
 from library.config.run_config import RunConfig
 from library.errors import Problem, entry_point
+from library.io import lora_settings
 from library.log import setup_logging
 from networks._args import problems_of
 
@@ -25,6 +26,9 @@ def _network_args(cfg: RunConfig) -> list[Problem]:
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the settings (before torch is imported), then train; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if lora_settings.asked(words):
+        return lora_settings.run(words)
     cfg = parse("sdxl_train_network", argv, checks=[_network_args])
     setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
     if cfg.data.debug_dataset:

@@ -119,6 +119,12 @@ def build_parser(run: Run) -> argparse.ArgumentParser:
     files.add_argument(
         "--print_config", action="store_true", help="print the effective options and where they come from, then exit"
     )
+    if run.name == "sdxl_train_network":  # done by the entry point, before any option is read
+        files.add_argument(
+            "--config_from_lora", nargs="?", metavar="FILE", default=argparse.SUPPRESS,
+            help="rebuild the options of the run that trained this network, from its metadata: print them, or write "
+            "them to config_file and a dataset file beside it, then exit",
+        )  # fmt: skip
     shared: list[str] = []
     for group in run.groups.values():
         shared += _add_group(parser, group, run)

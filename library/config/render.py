@@ -75,6 +75,8 @@ def _introduction() -> Iterator[str]:
     yield "(`learning_rate = 1e-4`; sections are ignored). The command line beats the file, the file beats the default."
     yield "A boolean is `--flag`; `--no_flag` switches off what a file has switched on. `--print_config` shows the"
     yield "effective values and where each comes from; `--output_config` writes the options given into `--config_file`."
+    yield "`sdxl_train_network.py --config_from_lora net.safetensors` rebuilds the options of a network's run (see"
+    yield "[conversion](conversion.md))."
     yield ""
     yield "| letter | script | |"
     yield "|---|---|---|"

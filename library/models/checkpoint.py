@@ -126,17 +126,19 @@ def save_single_file(
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    states: Mapping[Part, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write all four parts as one safetensors file in sd-scripts' layout, atomically, tensor by tensor.
 
     Floating-point tensors are cast to `dtype`, or kept as they are. The header gets `metadata`, what tells this
     architecture from SDXL's, and the prediction type, which empty marker tensors tell too. Nothing is held twice:
-    renaming and casting happen as the bytes are written.
+    renaming and casting happen as the bytes are written. `states` are the parts' tensors where the bundle's modules
+    are empty.
     """
     _require_whole(bundle, str(path))
     views: list[tuple[str, Mapping[str, torch.Tensor]]] = []
     for part in PARTS:
-        state = getattr(bundle, part).state_dict()
+        state = states[part] if states else getattr(bundle, part).state_dict()
         views.append((PREFIXES[part], part_keymap(bundle.arch, part).view(state, reverse=True)))
         if part == "text_encoder_2" and bundle.logit_scale is not None:
             views.append((PREFIXES[part], {LOGIT_SCALE: bundle.logit_scale}))

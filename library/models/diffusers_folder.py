@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.io.atomic import atomic_folder
 from library.io.checkpoint_file import read_checkpoint
-from library.io.safetensors_file import TensorSource, save
+from library.io.safetensors_file import TensorSource, read_header, save
 from library.models.arch import PART_NAMES, Part
 from library.models.assemble import position_id_keys
 from library.models.bundle import ModelBundle
@@ -109,6 +109,15 @@ def read_logit_scale(folder: Path) -> Tensor | None:
         return torch.tensor(float(value), dtype=getattr(torch, dtype))
 
 
+def read_metadata(folder: Path) -> dict[str, str]:
+    """The header texts that `write_folder` kept in the U-Net's file; empty for other programs' folders."""
+    path = folder / FOLDERS["unet"] / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        return {}
+    metadata, _ = read_header(path)
+    return {key: value for key, value in metadata.items() if key != "format"}
+
+
 def read_stated(folder: Path) -> Stated:
     """What the scheduler's configuration says about prediction type and schedule; nothing when there is none."""
     path = folder / "scheduler" / "scheduler_config.json"
@@ -123,14 +132,28 @@ def read_stated(folder: Path) -> Stated:
     return of_scheduler(config, where=str(path))
 
 
-def write_folder(bundle: ModelBundle, folder: Path, *, dtype: torch.dtype | None) -> None:
+def write_folder(
+    bundle: ModelBundle,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    states: Mapping[Part, Mapping[str, Tensor]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the bundle as a folder that StableDiffusionXLPipeline loads; it appears whole or not at all.
 
     Weights are cast one tensor at a time. Text encoder 1 gets the `text_model.` names that every version reads.
+    `states` are the parts' tensors where the bundle's modules are empty; `metadata` goes to the U-Net's header.
     """
     with atomic_folder(folder) as temporary:
         for part, name in FOLDERS.items():
-            _write_part(getattr(bundle, part), part, temporary / name, dtype=dtype, logit_scale=bundle.logit_scale)
+            module = getattr(bundle, part)
+            state = states[part] if states else module.state_dict()
+            header = {"format": "pt"} | (dict(metadata or {}) if part == "unet" else {})
+            if part == "text_encoder_2" and bundle.logit_scale is not None:
+                value = bundle.logit_scale if dtype is None else bundle.logit_scale.to(dtype)
+                header[LOGIT_SCALE] = f"{value.item()!r} {str(value.dtype).removeprefix('torch.')}"
+            _write_part(module, part, temporary / name, state=state, dtype=dtype, metadata=header)
         write_tokenizer_folder(temporary / "tokenizer", bundle.tokenizer, pad_token="<|endoftext|>")
         write_tokenizer_folder(temporary / "tokenizer_2", bundle.tokenizer, pad_token="!")
         (temporary / "scheduler").mkdir()
@@ -140,25 +163,26 @@ def write_folder(bundle: ModelBundle, folder: Path, *, dtype: torch.dtype | None
 
 
 def _write_part(
-    module: nn.Module, part: Part, folder: Path, *, dtype: torch.dtype | None, logit_scale: Tensor | None
+    module: nn.Module,
+    part: Part,
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
 ) -> None:
     folder.mkdir()
     library, class_name = _CLASSES[part]
-    state: Mapping[str, Tensor] = module.state_dict()
-    metadata = {"format": "pt"}
     if library == "diffusers":
         module.save_config(str(folder))
         stem = "diffusion_pytorch_model"
     else:
         config = json.loads(module.config.to_json_string(use_diff=False))
-        stored = next(iter(state.values())).dtype if dtype is None else dtype
+        stored = state[next(iter(state))].dtype if dtype is None else dtype
         config |= {"architectures": [class_name], "dtype": str(stored).removeprefix("torch.")}
         _write_json(folder / "config.json", config)
-        state = {with_text_model(key): tensor for key, tensor in state.items()}
+        state = RenamedTensors({with_text_model(key): (state, key) for key in state})
         stem = "model"
-        if part == "text_encoder_2" and logit_scale is not None:
-            value = logit_scale if dtype is None else logit_scale.to(dtype)
-            metadata[LOGIT_SCALE] = f"{value.item()!r} {str(value.dtype).removeprefix('torch.')}"
     save(state, folder / f"{stem}.safetensors", metadata, dtype=dtype, checked=True)
 
 

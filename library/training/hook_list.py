@@ -21,6 +21,7 @@ from library.training.contact_sheet import ContactSheet
 from library.training.ema import Ema
 from library.training.ema_hook import EmaHook, model_writer
 from library.training.evaluation import evaluation
+from library.training.export_check import ExportCheck
 from library.training.hooks import Hook, Paused
 from library.training.log_hooks import DrainHook, LogHook
 from library.training.metrics import RunLog
@@ -108,7 +109,11 @@ def _writer(run: Run, parts: Parts) -> ModelWriter | CheckpointWriter:
         return CheckpointWriter(run.bundle, save_as=checkpoint_format(cfg, run.bundle), dtype=dtype, cfg=cfg)
     trainable = cast(ExportsNetwork, run.trainable)
     metadata = _metadata(run, parts, trainable.metadata())
-    return ModelWriter(trainable, dtype=dtype, metadata=metadata, cfg=cfg, bundle=run.bundle)
+    check = None
+    if hasattr(trainable, "read_saved"):
+        autocast = run.accelerator.autocast
+        check = ExportCheck(trainable, run.bundle, with_text=not run.text_cached, autocast=autocast)
+    return ModelWriter(trainable, dtype=dtype, metadata=metadata, cfg=cfg, bundle=run.bundle, check=check)
 
 
 def _preview(run: Run, parts: Parts) -> PreviewHook:

@@ -34,6 +34,7 @@ class ModelWriter:
 
     metadata: the ss_* part that does not change while training. The hashes of the base model's files are computed
     behind the first steps, because reading a checkpoint of 7 GB whole would hold the start up by half a minute.
+    check(path, is_last=...) judges the written file (export_check); None for networks that cannot be opened again.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class ModelWriter:
         metadata: dict[str, str],
         cfg: RunConfig,
         bundle: ModelBundle,
+        check: Callable[..., None] | None = None,
     ) -> None:
         self.trainable, self.dtype, self.metadata, self.cfg = trainable, dtype, metadata, cfg
+        self.check = check
         self.prediction_type = bundle.prediction_type
         self._hashes: Future[dict[str, str]] = Future()
         if cfg.network.no_metadata or current_rank():  # other ranks write no files
@@ -70,6 +73,8 @@ class ModelWriter:
         hashes = hashing.network_hashes(artifact.tensors, training)
         spec |= {"sshs_model_hash": hashes[0], "sshs_legacy_hash": hashes[1]}
         save(artifact.tensors, path, {**training, **spec}, checked=True)
+        if self.check is not None:
+            self.check(path, is_last=view.stop or progress.global_step >= view.total_steps)
         log.info(f"saved {path}")
 
 

@@ -114,6 +114,11 @@ class NetworkTrainable:
         """The network's dims and arguments as its file names them."""
         return dict(self.network.facts)
 
+    def read_saved(self, bundle: ModelBundle, tensors: Mapping[str, Tensor], *, where: str) -> AdapterNetwork:
+        """The network that a saved file describes, on the same base, not attached."""
+        roots = [root for root in adapter_roots(bundle) if root.part in self.parts]
+        return self.module.create_from_weights(roots, tensors, where=where)
+
     def export(self, dtype: torch.dtype | None) -> Artifact:
         """The network under sd-scripts' key names."""
         return Artifact(*self.network.export(dtype=dtype))
