@@ -14,11 +14,20 @@ NETWORK, FULL = "sdxl_train_network", "sdxl_train"
 
 @dataclass(frozen=True)
 class Case:
-    """`value` is set on top of `beside`; `look` at the two runs must differ. A text value may name {folder}."""
+    """`value` is set on top of `beside`; `look` at the two runs must differ. A text value may name {folder}.
+
+    Cases with the same `together` are set in one run, since each looks at something of its own.
+    """
 
     value: Any
     beside: Mapping[str, Any] = field(default_factory=dict)
     look: Look = numbers
+    together: str = ""
+
+
+def header(name: str) -> Look:
+    """What the headers of the written files say under one modelspec name."""
+    return lambda seen: [found.get(f"modelspec.{name}") for found in seen.headers.values()]
 
 
 def _bucketed(**more: Any) -> dict[str, Any]:
@@ -152,14 +161,14 @@ SAVING: dict[str, Case] = {
     "save_state": Case(True, look=files),
     "save_state_on_train_end": Case(True, look=files),
     **{
-        f"metadata_{name}": Case("words", look=headers)
+        f"metadata_{name}": Case("words", look=header(name), together="metadata")
         for name in (
             "author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",
             "is_negative_embedding",
         )
     },
-    "metadata_title": Case("words", look=lambda seen: seen.titles),
-    "metadata_thumbnail": Case("data:image/png;base64,AAAA", look=headers),
+    "metadata_title": Case("words", look=lambda seen: seen.titles, together="metadata"),
+    "metadata_thumbnail": Case("data:image/png;base64,AAAA", look=header("thumbnail"), together="metadata"),
 }  # fmt: skip
 PICTURES: dict[str, Case] = {
     "sample_prompts": Case("{folder}/prompts.txt", {"sample_at_first": True}, files),

@@ -35,7 +35,13 @@ def acts_or_is_refused(places, shared, monkeypatch, tmp_path):
             seen(run, f"first-{run}", {"save_state": True})
         case = CASES[name]
         try:
-            with_option = case.look(seen(run, f"{tmp_path.name}-with", {**case.beside, name: case.value}))
+            if case.together and f"{run} {case.together}" not in shared:
+                values = {other: CASES[other].value for other in CASES if CASES[other].together == case.together}
+                shared[f"{run} {case.together}"] = seen(run, f"{tmp_path.name}-together", values)
+            if case.together:
+                with_option = case.look(shared[f"{run} {case.together}"])
+            else:
+                with_option = case.look(seen(run, f"{tmp_path.name}-with", {**case.beside, name: case.value}))
         except UserError as error:
             told = [f"{problem.what} {problem.where}" for problem in error.problems]
             assert any(name in text for text in told), told
