@@ -54,10 +54,8 @@ def _same_losses(one, two):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(
-    "flags", [["--network_dim=4"], [*NETWORK, "--network_args", "algo=loha"]], ids=["lora", "loha"]
-)
-def test_two_processes_train_a_network_as_one(train, pictures, tmp_path, flags):
+def test_two_processes_train_a_third_party_network_as_one(train, pictures, tmp_path):
+    flags = [*NETWORK, "--network_args", "algo=loha"]
     one = train("one", *SGD, *flags, "--train_batch_size=4", "--save_every_n_steps=1")
     two = tmp_path / "two"
     launcher = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]

@@ -21,7 +21,7 @@ from library.sizes import Size
 from networks import _foreign, lora
 from networks._block_weights import block_factor, slot_of, u_net_block_of
 
-REQUEST = GenRequest(prompt="a red circle", negative="blurry", size=Size(64, 64), steps=2, scale=3.0, seed=3)
+REQUEST = GenRequest(prompt="a red circle", negative="blurry", size=Size(64, 64), steps=1, scale=3.0, seed=3)
 STEP = 1  # of 255: sums in another order may round a pixel differently
 
 
@@ -77,12 +77,8 @@ def test_live_merged_partly_merged_and_pre_added_networks_draw_the_same_picture(
     assert np.abs(live - plain).mean() > 5, "the networks show"
     for how in ({"network_merge": True}, {"network_merge_n_models": 2}, {"network_pre_calc": True}):
         assert np.abs(drawn("12k", **strengths, **how) - live).max() <= STEP, how
-
-
-@pytest.mark.parametrize("how", [{}, {"network_pre_calc": True}, {"network_merge": True}])
-def test_the_order_of_networks_is_of_no_account(drawn, how):
-    first = drawn("12k", network_mul=[0.7, 0.4, 0.9], **how)
-    assert np.abs(drawn("k21", network_mul=[0.9, 0.4, 0.7], **how) - first).max() <= STEP
+    for how in ({}, {"network_merge": True}):  # the order is of no account
+        assert np.abs(drawn("k21", network_mul=[0.9, 0.4, 0.7], **how) - live).max() <= STEP, how
 
 
 @pytest.mark.parametrize("how", [{}, {"network_pre_calc": True}])
