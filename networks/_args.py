@@ -187,7 +187,9 @@ def _refused(key: str, kind: str) -> Problem:
         reason = ": its down weights do not train, so there is nothing to be faster than" if key in _PLUS else ""
         where = ", ".join(f"networks.{owner}" for owner in owners)
         return Problem(
-            f'"{key}" is not an argument of networks.{kind}{reason}', "network_args", f"remove it; it belongs to {where}"
+            f'"{key}" is not an argument of networks.{kind}{reason}',
+            "network_args",
+            f"remove it; it belongs to {where}",
         )
     near = difflib.get_close_matches(key, known, n=1)
     fix = f'did you mean "{near[0]}"?' if near else "known: " + ", ".join(known)

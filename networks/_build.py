@@ -75,7 +75,9 @@ class Family:
         facts = self.facts(str(dim), str(float(alpha or dim)), args)
         rates = RatePlan.of(parsed, rule_rates)
         if rates.blocks is not None:
-            logger.info("learning rate of the U-Net's blocks 0 to 22, as factors: %s", ", ".join(f"{w:g}" for w in rates.blocks))
+            logger.info(
+                "learning rate of the U-Net's blocks 0 to 22, as factors: %s", ", ".join(f"{w:g}" for w in rates.blocks)
+            )
         return AdapterNetwork(pairs, facts=facts, multiplier=multiplier, form=self.form, rates=rates)
 
     def create_from_weights(

@@ -13,7 +13,6 @@ from networks._keys import Target
 logger = get_logger(__name__)
 
 
-
 @dataclass(frozen=True)
 class FileFormat:
     """What the tensors of one kind's modules are called in a file, after the module's name and a dot.

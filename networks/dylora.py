@@ -25,9 +25,7 @@ class DyloraAdapter(LoraAdapter):
     def __init__(self, base: nn.Linear | nn.Conv2d, *, unit: int = 1, **settings) -> None:
         super().__init__(base, **settings)
         if self.rank % unit:
-            raise UserError(
-                f"unit={unit} does not divide the rank {self.rank}", "network_args", "set a unit that does"
-            )
+            raise UserError(f"unit={unit} does not divide the rank {self.rank}", "network_args", "set a unit that does")
         self.unit = unit
 
     def forward_delta(self, x: Tensor) -> Tensor:

@@ -26,7 +26,10 @@ class NetworkOptions(Group):
     network_weights: str | None = option(None, "network file to start from", path=True)
     dim_from_weights: bool = option(False, "take the ranks from network_weights")
     scale_weight_norms: float | None = option(
-        None, "after each step, shrink every module's addition to this norm at most (1.0 is usual)", ge=0, zero_is_unset=True
+        None,
+        "after each step, shrink every module's addition to this norm at most (1.0 is usual)",
+        ge=0,
+        zero_is_unset=True,
     )
     base_weights: tuple[str, ...] = option((), "network files merged into the model before training", path=True)
     base_weights_multiplier: tuple[float, ...] = option((), "strengths of base_weights (unset: 1.0 each)")
