@@ -145,7 +145,10 @@ def test_lora_plus_gives_up_weights_a_rate_of_their_own(full_roots):
     assert sorted(grouped) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
-RULES = "attn1_to_[qk]$ -> dim=8 alpha=2 lr=5e-5; (?:lora_te1).*mlp -> off; time_embed -> dim=3; attn1 -> off; ff_net -> lr=0"
+RULES = (
+    "attn1_to_[qk]$ -> dim=8 alpha=2 lr=5e-5; (?:lora_te1).*mlp -> off; time_embed -> dim=3; "
+    "attn1 -> off; ff_net -> lr=0"
+)
 
 
 def test_rules_decide_rank_alpha_and_rate_by_name(full_roots):
