@@ -1,9 +1,10 @@
-"""Does a LoRA learn? The share of the new concept's colours in generated pictures, before and after training.
+"""Does a run learn? The share of the new concept's colours in generated pictures, before and after training.
 
-    python benchmarks/learning.py [--seeds 1 2 3] [--steps 500]
+    python benchmarks/learning.py [--seeds 1 2 3] [--steps 500] [--kind lora|full|bf16]
 
-Trains the demo's LoRA (demo/lora.toml) and draws "a zxq" on the five backgrounds of the training pictures, with and
-without it, through the real scripts. The share is that of magenta and lime pixels, mean over the pictures.
+Trains the demo's LoRA (demo/lora.toml) or the whole model (also with --full_bf16) and draws "a zxq" on the five
+backgrounds of the training pictures, with and without the result, through the real scripts. The share is that of
+magenta and lime pixels, mean over the pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 PROMPTS = [f"a zxq on a {colour} background" for colour in ("white", "black", "blue", "green", "yellow")]
+
+FULL = [
+    "--pretrained_model_name_or_path=tiny", "--caption_extension=.txt", "--resolution=128,128", "--train_batch_size=4",
+    "--cache_latents", "--cache_text_encoder_outputs", "--max_data_loader_n_workers=0", "--learning_rate=1e-3",
+    "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=20",
+]  # fmt: skip
+BF16 = ["--mixed_precision=bf16", "--full_bf16"]
 
 
 def drawn_share(folder: Path, *flags: str) -> float:
@@ -39,20 +47,26 @@ def drawn_share(folder: Path, *flags: str) -> float:
     return float(np.mean(shares))
 
 
-def before_and_after(folder: Path, *, seed: int, steps: int) -> tuple[float, float]:
-    """Shares without and with a LoRA that was trained for `steps` with `seed`."""
+def before_and_after(folder: Path, *, seed: int, steps: int, kind: str = "lora") -> tuple[float, float]:
+    """Shares without and with what was trained for `steps` with `seed`: a LoRA, or the whole model ("full", "bf16")."""
     import shutil
 
+    import sdxl_train
     import sdxl_train_network
 
     dataset = folder / "dataset"
     shutil.copytree(ROOT / "demo" / "dataset", dataset, ignore=shutil.ignore_patterns("*.npz"))
-    arguments = [f"--config_file={ROOT / 'demo' / 'lora.toml'}", f"--train_data_dir={dataset}", f"--seed={seed}"]
-    arguments += [f"--output_dir={folder / 'lora'}", f"--max_train_steps={steps}"]
-    if sdxl_train_network.main(arguments):
+    arguments = [f"--train_data_dir={dataset}", f"--seed={seed}", f"--output_dir={folder / 'out'}"]
+    arguments += [f"--max_train_steps={steps}", "--output_name=zxq"]
+    if kind == "lora":
+        code = sdxl_train_network.main([f"--config_file={ROOT / 'demo' / 'lora.toml'}", *arguments])
+        drawn = ["--network_module=networks.lora", f"--network_weights={folder / 'out' / 'zxq.safetensors'}"]
+    else:
+        code = sdxl_train.main([*FULL, *(BF16 if kind == "bf16" else []), *arguments])
+        drawn = [f"--ckpt={folder / 'out' / 'zxq.safetensors'}"]
+    if code:
         raise SystemExit("training failed")
-    network = ["--network_module=networks.lora", f"--network_weights={folder / 'lora' / 'zxq.safetensors'}"]
-    return drawn_share(folder / "before"), drawn_share(folder / "after", *network)
+    return drawn_share(folder / "before"), drawn_share(folder / "after", *drawn)
 
 
 def main() -> None:
@@ -60,13 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
+    parser.add_argument("--kind", choices=["lora", "full", "bf16"], default="lora", help="what is trained")
     arguments = parser.parse_args()
     from benchmarks._machine import machine_class
 
-    print(f"{arguments.steps} steps on {machine_class()}")
+    print(f"{arguments.kind}, {arguments.steps} steps on {machine_class()}")
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            before, after = before_and_after(Path(folder), seed=seed, steps=arguments.steps)
+            before, after = before_and_after(Path(folder), seed=seed, steps=arguments.steps, kind=arguments.kind)
         print(f"seed {seed}: before {before:.4f}, after {after:.4f}", flush=True)
 
 

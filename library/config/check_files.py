@@ -102,7 +102,11 @@ def _check_output(cfg: RunConfig) -> list[Problem]:
 def _check_trackers(cfg: RunConfig) -> Iterator[Problem]:
     """wandb is no requirement: it comes with fifteen packages."""
     if cfg.loop.log_with in ("wandb", "all") and find_spec("wandb") is None:
-        yield Problem("wandb is not installed", cfg.provenance["log_with"], "pip install wandb==0.31.0")
+        yield Problem(
+            f"log_with {cfg.loop.log_with} needs wandb, which is not installed",
+            cfg.provenance["log_with"],
+            "pip install wandb==0.31.0",
+        )
     problem = None
     if cfg.loop.log_tracker_config:
         problem = tracker_problem(cfg.loop.log_tracker_config, where=cfg.provenance["log_tracker_config"])

@@ -39,8 +39,8 @@ MODEL: dict[str, Case] = {
     "clip_skip": Case(2, look=headers),
     "no_half_vae": Case(True, HALF),
     "vae_batch_size": Case(2, LATENTS, look=lambda seen: seen.vae_batches),
-    "vae_slicing": Case(True, look=lambda seen: seen.bundle.vae.use_slicing),
-    "vae_tiling": Case(True, look=lambda seen: seen.bundle.vae.use_tiling),
+    "vae_slicing": Case(True, look=lambda seen: seen.facts["use_slicing"]),
+    "vae_tiling": Case(True, look=lambda seen: seen.facts["use_tiling"]),
     "disable_mmap_load_safetensors": Case(True, look=lambda seen: seen.loading["disable_mmap"]),
     "xformers": Case(True),
     "mem_eff_attn": Case(True, look=lines),
@@ -98,13 +98,15 @@ DATA: dict[str, Case] = {
     ),
     "cache_store": Case("packed", {**ON_DISK, "cache_dir": "{folder}/{out}/cache"}, files),
     "cache_dir": Case("{folder}/{out}/cache", ON_DISK, files),
-    "text_cache_variants": Case(3, {**TEXTS, "shuffle_caption": True, "text_cache_variants": 2}),
+    "text_cache_variants": Case(
+        3, {**TEXTS, "shuffle_caption": True, "text_cache_variants": 2}, lambda seen: sum(seen.text_batches)
+    ),
     "text_encoder_batch_size": Case(3, TEXTS, lambda seen: seen.text_batches),
     "skip_cache_check": Case(
         True, {**ON_DISK, "vae": "{folder}/vae.safetensors", "cache_dir": "{folder}/cache"}, lines
     ),
     "legacy_crop_conditioning": Case(True),
-    "max_data_loader_n_workers": Case(1, look=lambda seen: seen.loader["num_workers"]),
+    "max_data_loader_n_workers": Case(1, look=lambda seen: seen.loader.get("num_workers", 0)),
     "persistent_data_loader_workers": Case(
         True, {"max_data_loader_n_workers": 1}, lambda seen: seen.loader["persistent_workers"]
     ),
@@ -112,39 +114,39 @@ DATA: dict[str, Case] = {
 LOOP: dict[str, Case] = {
     "min_timestep": Case(900),
     "max_timestep": Case(10),
-    "max_train_steps": Case(1),
-    "max_train_epochs": Case(2, look=lambda seen: len(seen.steps)),
+    "max_train_steps": Case(2),
+    "max_train_epochs": Case(1, look=lambda seen: len(seen.steps)),
     "gradient_accumulation_steps": Case(2),
-    "gradient_checkpointing": Case(True, look=lambda seen: seen.bundle.unet.down_blocks[0].gradient_checkpointing),
+    "gradient_checkpointing": Case(True, look=lambda seen: seen.facts["gradient_checkpointing"]),
     "mixed_precision": Case("bf16"),
     "seed": Case(4),
-    "resume": Case("{folder}/{run}/net-state", {"max_train_steps": 3}, lambda seen: len(seen.steps)),
-    "logging_dir": Case("{folder}/{out}/tracks", look=lambda seen: seen.log),
-    "log_prefix": Case("mine-", look=lambda seen: seen.log),
-    "log_every_n_steps": Case(2, look=lambda seen: seen.log),
+    "resume": Case("{folder}/{run}/net-state", {"max_train_steps": 2}, lambda seen: len(seen.steps)),
+    "logging_dir": Case("{folder}/{out}/tracks", look=lambda seen: seen.trackers),
+    "log_prefix": Case("mine-", {"logging_dir": "{folder}/{out}/tracks"}, lambda seen: seen.trackers),
 }
 OPTIMIZER: dict[str, Case] = {
     "optimizer_type": Case("torch.optim.SGD"),
     "optimizer_args": Case(["weight_decay=0.5"]),
     "use_8bit_adam": Case(True),
     "learning_rate": Case(1e-2),
-    "lr_scheduler": Case("cosine"),
-    "lr_scheduler_args": Case(['step_rules="1:1,0.1"'], {"lr_scheduler": "piecewise_constant"}),
+    "lr_scheduler": Case("cosine", {"max_train_steps": 2}),
+    "lr_scheduler_args": Case(['step_rules="1:1,0.1"'], {"lr_scheduler": "piecewise_constant", "max_train_steps": 2}),
     "lr_scheduler_num_cycles": Case(2, {"lr_scheduler": "cosine_with_restarts", "max_train_steps": 4}),
-    "lr_scheduler_power": Case(3.0, {"lr_scheduler": "polynomial"}),
-    "lr_warmup_steps": Case(2, {"lr_scheduler": "constant_with_warmup"}),
+    "lr_scheduler_power": Case(3.0, {"lr_scheduler": "polynomial", "max_train_steps": 2}),
+    "lr_warmup_steps": Case(2, {"lr_scheduler": "constant_with_warmup", "max_train_steps": 2}),
     "max_grad_norm": Case(1e-3),
 }
 SAVING: dict[str, Case] = {
-    "output_dir": Case("{folder}/elsewhere", look=lambda seen: seen.log),
     "output_name": Case("other", look=files),
     "save_precision": Case("fp16"),
     "save_model_as": Case("diffusers", look=files),
-    "save_every_n_epochs": Case(1, {"max_train_steps": 4}, files),
-    "save_every_n_steps": Case(1, look=files),
-    "save_n_epoch_ratio": Case(2, {"max_train_epochs": 2}, files),
-    "save_last_n_epochs": Case(1, {"max_train_epochs": 4, "save_every_n_epochs": 1}, files),
-    "save_last_n_epochs_state": Case(1, {"max_train_epochs": 4, "save_every_n_epochs": 1, "save_state": True}, files),
+    "save_every_n_epochs": Case(1, {"max_train_epochs": 2, "train_batch_size": 4}, files),
+    "save_every_n_steps": Case(1, {"max_train_steps": 2}, files),
+    "save_n_epoch_ratio": Case(2, {"max_train_epochs": 2, "train_batch_size": 4}, files),
+    "save_last_n_epochs": Case(1, {"max_train_epochs": 3, "train_batch_size": 4, "save_every_n_epochs": 1}, files),
+    "save_last_n_epochs_state": Case(
+        1, {"max_train_epochs": 3, "train_batch_size": 4, "save_every_n_epochs": 1, "save_state": True}, files
+    ),
     "save_last_n_steps": Case(1, {"max_train_steps": 4, "save_every_n_steps": 1}, files),
     "save_last_n_steps_state": Case(1, {"max_train_steps": 4, "save_every_n_steps": 1, "save_state": True}, files),
     "save_state": Case(True, look=files),
@@ -162,7 +164,7 @@ SAVING: dict[str, Case] = {
 PICTURES: dict[str, Case] = {
     "sample_prompts": Case("{folder}/prompts.txt", {"sample_at_first": True}, files),
     "sample_every_n_steps": Case(1, SAMPLES, files),
-    "sample_every_n_epochs": Case(1, SAMPLES, files),
+    "sample_every_n_epochs": Case(1, {**SAMPLES, "train_batch_size": 4}, files),
     "sample_at_first": Case(True, SAMPLES, files),
     "sample_sampler": Case("ddim", {**SAMPLES, "sample_at_first": True}, lambda seen: seen.pictures),
 }
@@ -236,20 +238,20 @@ DIFFUSION: dict[str, Case] = {
 }
 UPDATES: dict[str, Case] = {
     "use_lion_optimizer": Case(True),
-    "lr_scheduler_type": Case("StepLR", {"lr_scheduler_args": ["step_size=1"]}),
+    "lr_scheduler_type": Case("StepLR", {"lr_scheduler_args": ["step_size=1"], "max_train_steps": 2}),
     "lr_scheduler_timescale": Case(3, {"lr_scheduler": "inverse_sqrt", "max_train_steps": 4}),
-    "lr_scheduler_min_lr_ratio": Case(0.5, {"lr_scheduler": "cosine_with_min_lr"}),
-    "lr_decay_steps": Case(2, {"lr_scheduler": "warmup_stable_decay"}),
+    "lr_scheduler_min_lr_ratio": Case(0.5, {"lr_scheduler": "cosine_with_min_lr", "max_train_steps": 2}),
+    "lr_decay_steps": Case(2, {"lr_scheduler": "warmup_stable_decay", "max_train_steps": 3}),
     "full_bf16": Case(True, HALF),
     "full_fp16": Case(True),  # refused here: it needs a GPU
     "stochastic_rounding": Case(False, {**HALF, "full_bf16": True}),
-    "fused_backward_pass": Case(True, {"max_grad_norm": 0.0}, lambda seen: type(seen.trainer.update).__name__),
-    "fused_optimizer_groups": Case(2, {"max_grad_norm": 0.0}, lambda seen: type(seen.trainer.update).__name__),
+    "fused_backward_pass": Case(True, {"max_grad_norm": 0.0}, lambda seen: seen.facts["update"]),
+    "fused_optimizer_groups": Case(2, {"max_grad_norm": 0.0}, lambda seen: seen.facts["update"]),
     "fp8_base": Case(True, HALF),
     "fp8_base_unet": Case(True, HALF),
 }
-HELD_OUT = {"validation_split": 0.5, "train_batch_size": 1, "max_train_steps": 4}
-AVERAGED = {"use_ema": True, "ema_decay": 0.9}
+HELD_OUT = {"validation_split": 0.5, "train_batch_size": 1, "max_train_steps": 3, "validation_timesteps": 1}
+AVERAGED = {"use_ema": True, "ema_decay": 0.9, "max_train_steps": 2}
 EVALUATION: dict[str, Case] = {
     "sample_grid": Case(True, {**SAMPLES, "sample_at_first": True}, files),
     "sample_with_ema": Case(True, {**SAMPLES, **AVERAGED, "sample_every_n_steps": 2}, lambda seen: seen.pictures),
@@ -261,7 +263,7 @@ EVALUATION: dict[str, Case] = {
     "validate_with_ema": Case(True, {**HELD_OUT, **AVERAGED}),
     "use_ema": Case(True, look=files),
     "ema_decay": Case(0.1, AVERAGED),
-    "ema_min_decay": Case(0.99, {"use_ema": True}),
+    "ema_min_decay": Case(0.99, {"use_ema": True, "max_train_steps": 2}),
     "ema_warmup": Case(True, AVERAGED),
     "ema_inv_gamma": Case(0.1, {**AVERAGED, "ema_warmup": True}),
     "ema_power": Case(0.1, {**AVERAGED, "ema_warmup": True}),
@@ -276,11 +278,13 @@ CASES = {
 
 # Options that are not about a run of the trainer: name -> where they are tested.
 ELSEWHERE = {
+    "output_dir": "where every run here is looked at",
     "debug_dataset": "tests/data/test_dataset_report.py",
     "console_log_level": "tests/config/test_log.py",
     "console_log_file": "tests/config/test_log.py",
     "console_log_simple": "tests/config/test_log.py",
     "sdpa": "the default attention; tests/models/test_sdxl.py",
+    "log_every_n_steps": "tests/training/test_metrics.py",
     "max_nonfinite_steps": "tests/e2e/test_watching.py",
     "ema_device": "tests/training/test_ema.py",
     **dict.fromkeys(

@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "resolution": 64,
     "caption_extension": ".txt",
     "train_batch_size": 2,
-    "max_train_steps": 2,
+    "max_train_steps": 1,
     "max_data_loader_n_workers": 0,
     "learning_rate": 1e-3,
     "lr_scheduler": "constant",
@@ -106,13 +106,13 @@ class Seen:
     headers: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
     log: list[str] = field(default_factory=list)
-    bundle: Any = None
-    trainer: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
     loader: dict[str, Any] = field(default_factory=dict)
     loading: dict[str, Any] = field(default_factory=dict)
     vae_batches: list[int] = field(default_factory=list)
     text_batches: list[int] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list)
     pictures: str = ""
 
 
@@ -132,15 +132,16 @@ _BUNDLES: dict[str, Any] = {}
 def _spied(seen: Seen, patch: Any) -> Iterator[None]:
     """Load each model once, and note how models are loaded and batches are made."""
     load = checkpoint.load_bundle
+    bundles: list[Any] = []
 
     def load_once(name: str, **options: Any) -> Any:
         seen.loading.update(options)
         key = f"{name} {sorted(map(str, options.items()))}"
         if key not in _BUNDLES:
             _BUNDLES[key] = load(name, **options)
-        seen.bundle = copy.deepcopy(_BUNDLES[key])
-        _watch(seen)
-        return seen.bundle
+        bundles.append(copy.deepcopy(_BUNDLES[key]))
+        _watch(bundles[-1], seen)
+        return bundles[-1]
 
     real_loader = dataset.DataLoader
 
@@ -151,23 +152,30 @@ def _spied(seen: Seen, patch: Any) -> Iterator[None]:
     put_together = launch.assemble
 
     def assemble(*arguments: Any) -> Any:
-        seen.trainer, state = put_together(*arguments)
-        return seen.trainer, state
+        trainer, state = put_together(*arguments)
+        seen.facts["update"] = type(trainer.update).__name__
+        return trainer, state
 
     with patch.context() as inner:
         inner.setattr(launch, "assemble", assemble)
         inner.setattr(checkpoint, "load_bundle", load_once)
         inner.setattr(dataset, "DataLoader", loader)
         handler = _Lines(seen.log)
-        logging.getLogger("library").addHandler(handler)
+        logger = logging.getLogger("library")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
         try:
             yield
         finally:
-            logging.getLogger("library").removeHandler(handler)
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    vae, unet = bundles[-1].vae, bundles[-1].unet
+    seen.facts |= {"use_slicing": vae.use_slicing, "use_tiling": vae.use_tiling}
+    seen.facts["gradient_checkpointing"] = unet.down_blocks[0].gradient_checkpointing
 
 
-def _watch(seen: Seen) -> None:
-    bundle = seen.bundle
+def _watch(bundle: Any, seen: Seen) -> None:
     if bundle.vae is not None:
         bundle.vae.encoder.register_forward_pre_hook(lambda module, args: seen.vae_batches.append(len(args[0])))
     if bundle.text_encoder_1 is not None:
@@ -209,6 +217,8 @@ def _read(seen: Seen, output: Path, name: str) -> None:
         seen.steps.append({key: value for key, value in json.loads(line).items() if not VOLATILE.search(key)})
     paths = sorted(path for path in output.rglob("*") if path.is_file() and "tfevents" not in path.name)
     seen.files = [re.sub(r"\d{14}", "TIME", str(path.relative_to(output))) for path in paths]
+    places = [path.parent.relative_to(output) for path in output.rglob("*tfevents*")]
+    seen.trackers = [re.sub(r"\d{14}", "TIME", str(place)) for place in places]
     digest = hashlib.sha256()
     for path in (path for path in paths if path.suffix == ".safetensors"):
         with safe_open(path, "pt") as file:
