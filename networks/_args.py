@@ -6,6 +6,7 @@ sd-scripts passes these as strings and ignores what it does not know; here every
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from library.errors import Problem, UserError
@@ -278,7 +279,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(_PLUS, _ratio),
     **dict.fromkeys(("block_dims", "conv_block_dims"), _per_block(_block_rank)),
     **dict.fromkeys(("block_alphas", "conv_block_alphas"), _per_block(_alpha)),
-    **{key: (lambda text, count=count: parse_weights(text, count)) for key, count in WEIGHT_COUNTS.items()},
+    **{key: partial(parse_weights, count=count) for key, count in WEIGHT_COUNTS.items()},
     "block_lr_zero_threshold": _threshold,
     "target_rules": parse_rules,
     "unit": _rank,

@@ -1,4 +1,4 @@
-"""The 23 blocks of SDXL's U-Net, as network_args number them: sizes and rates per block (block_lr.md §2); torch-free."""
+"""The 23 blocks of SDXL's U-Net, as network_args number them, and rates per block (block_lr.md §2); torch-free."""
 
 import math
 import re

@@ -15,7 +15,7 @@ ARROW = "->"
 
 @dataclass(frozen=True)
 class TargetRule:
-    """What one rule says. dim 0: not adapted; None: as without the rule. lr is absolute; 0 leaves the modules frozen."""
+    """What one rule says. dim 0: not adapted; None: as without the rule. lr is absolute; 0 keeps the modules frozen."""
 
     pattern: re.Pattern[str]
     dim: int | None = None

@@ -1,7 +1,7 @@
 """OFT: rotates groups of a layer's outputs, so that angles between its neurons stay as they are.
 
-Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", in sd-scripts' form (lora_format.md §4):
-the outputs are cut into network_dim blocks, R = (I + Q)(I - Q)^-1 per block with Q = A - A^T skew-symmetric, and
+Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", as sd-scripts has it (lora_format.md
+§4): the outputs are cut into network_dim blocks, R = (I + Q)(I - Q)^-1 per block with Q = A - A^T skew-symmetric, and
 W'_k = R_k^T W_k. The norm of all of Q is held at or below c = alpha * out.
 """
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.networks.parts import TINY_UNET, make_roots, make_text_encoders, make_unet
+from tests.networks.parts import FULL_UNET, TINY_UNET, make_roots, make_text_encoders, make_unet
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +23,11 @@ def tiny_roots(tiny_unet, tiny_text_encoders):
     for model in (tiny_unet, *tiny_text_encoders):
         model.requires_grad_(False)
     return make_roots(tiny_unet, *tiny_text_encoders)
+
+
+@pytest.fixture(scope="session")
+def full_roots():
+    """SDXL's architecture on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        encoders = make_text_encoders(768, 1280, layers=(12, 32), heads=(12, 20), vocab=49408)
+        return make_roots(make_unet(**FULL_UNET), *encoders)

@@ -4,20 +4,12 @@ import math
 from collections import Counter
 
 import pytest
-import torch
 
 from library.errors import UserError
 from networks import dora, dylora, lora, lora_fa, oft
 from networks._args import lora_args, problems_of
 from networks._blocks import block_index
-from tests.networks.parts import FULL_UNET, make_roots, make_text_encoders, make_unet
-
-
-@pytest.fixture(scope="module")
-def full_roots():
-    with torch.device("meta"):
-        encoders = make_text_encoders(768, 1280, layers=(12, 32), heads=(12, 20), vocab=49408)
-        return make_roots(make_unet(**FULL_UNET), *encoders)
+from networks._keys import default_targets
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +28,19 @@ COUNTS = {5: 22, 6: 22, 8: 102, 9: 102, 11: 102, 13: 102, 14: 102, 15: 102, 16: 
 
 
 def test_every_module_is_in_the_block_of_the_table(unet_root):
-    plain = lora.create(unet_root, dim=4, alpha=1)
-    assert Counter(map(block_index, plain.adapters)) == COUNTS
-    wide = lora.create(unet_root, dim=4, alpha=1, args={"conv_dim": "2"})
-    assert set(map(block_index, wide.adapters)) == set(range(2, 22))
+    plain, wide = ([t.name for t in default_targets(unet_root, with_conv=conv)] for conv in (False, True))
+    assert Counter(map(block_index, plain)) == COUNTS
+    assert set(map(block_index, wide)) == set(range(2, 22))
     assert block_index("lora_unet_time_embed_0") == block_index("oft_unet_label_emb_0_0") == 0
     assert block_index("lora_unet_out_2") == 22 and block_index("lora_te1_text_model_encoder_layers_0_mlp_fc1") is None
 
 
 @pytest.mark.parametrize(("module", "alpha"), [(dora, 1.0), (dylora, 1.0), (lora_fa, 1.0)])
 def test_the_kinds_have_the_modules_of_a_lora_with_unique_names(full_roots, module, alpha):
-    plain = module.create(full_roots, dim=4, alpha=alpha)
-    assert [plain.count(part) for part in ("unet", "te1", "te2")] == [722, 72, 192]
-    assert len(plain.adapters) == 986
-    assert set(plain.adapters) == set(lora.create(full_roots, dim=4, alpha=1).adapters)
-    wide = module.create(full_roots, dim=4, alpha=alpha, args={"conv_dim": "4"})
-    assert wide.count("unet") == 788
+    plain = module.create(full_roots, dim=4, alpha=alpha, args={"conv_dim": "4"})
+    assert [plain.count(part) for part in ("unet", "te1", "te2")] == [722 + 66, 72, 192]
+    assert len(plain.adapters) == 986 + 66
+    assert set(plain.adapters) == {target.name for target in default_targets(full_roots, with_conv=True)}
 
 
 def test_shapes_of_dora_magnitudes_on_the_full_model(unet_root):
@@ -156,7 +145,10 @@ def test_lora_plus_gives_up_weights_a_rate_of_their_own(full_roots):
     assert sorted(grouped) == sorted(id(p) for p in network.parameters() if p.requires_grad)
 
 
-RULES = "attn1_to_[qk]$ -> dim=8 alpha=2 lr=5e-5; (?:lora_te1).*mlp -> off; time_embed -> dim=3; attn1 -> off; ff_net -> lr=0"
+RULES = (
+    "attn1_to_[qk]$ -> dim=8 alpha=2 lr=5e-5; (?:lora_te1).*mlp -> off; time_embed -> dim=3; "
+    "attn1 -> off; ff_net -> lr=0"
+)
 
 
 def test_rules_decide_rank_alpha_and_rate_by_name(full_roots):

@@ -14,7 +14,7 @@ from networks._args import KEYS_OF_KIND
 from networks._files import FORMATS, format_of
 from tests.networks.parts import predict, unet_inputs
 
-KINDS = [name for name in list_plugins(Path(networks.__file__).parent)]
+KINDS = list_plugins(Path(networks.__file__).parent)
 # Arguments that widen each kind to everything it can adapt, in a size that fits the tiny models.
 WIDE = {
     "lora": {"conv_dim": "2", "rs_lora": "true"},
@@ -188,7 +188,7 @@ def test_half_precision_bases_work(form, tiny_roots, tiny_unet):
 
 
 def test_files_of_another_kind_are_refused_with_the_right_one(kind, tiny_roots):
-    module, network = create(kind, tiny_roots)
+    _, network = create(kind, tiny_roots)
     tensors, _ = network.export()
     for other in KINDS:
         form = format_of(tensors)

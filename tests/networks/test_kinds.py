@@ -82,10 +82,7 @@ def test_peft_computes_our_dora_as_we_do(module):
     import peft
 
     adapter = filled_dora(module)
-    if isinstance(module, nn.Linear):
-        x = torch.randn(2, 5, 6)
-    else:
-        x = torch.randn(2, 4, 7, 7)
+    x = torch.randn(2, 5, 6) if isinstance(module, nn.Linear) else torch.randn(2, 4, 7, 7)
     host = nn.ModuleDict({"layer": copy.deepcopy(module)})
     config = peft.LoraConfig(r=3, lora_alpha=1.5, use_dora=True, target_modules=["layer"])
     layer = peft.inject_adapter_in_model(config, host)["layer"]
@@ -214,7 +211,5 @@ def test_rs_lora_divides_by_the_root_of_the_rank_and_any_reader_of_the_file_does
     network = lora.create(tiny_roots, dim=16, alpha=4.0, args={"rs_lora": "true"})
     assert {adapter.scale for adapter in network.adapters.values()} == {4.0 / math.sqrt(16)}
     tensors, facts = network.export()
-    assert {float(v) / 16 for k, v in tensors.items() if k.endswith("alpha")} == {
-        1.0
-    }  # alpha / rank, as others compute
+    assert {float(v) / 16 for k, v in tensors.items() if k.endswith("alpha")} == {1.0}
     assert "rs_lora" in facts["ss_network_args"] and facts["ss_network_alpha"] == "4.0"

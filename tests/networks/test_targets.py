@@ -3,17 +3,8 @@
 from collections import Counter
 
 import pytest
-import torch
 
 from networks import lora
-from tests.networks.parts import FULL_UNET, make_roots, make_text_encoders, make_unet
-
-
-@pytest.fixture(scope="module")
-def full_roots():
-    with torch.device("meta"):
-        encoders = make_text_encoders(768, 1280, layers=(12, 32), heads=(12, 20), vocab=49408)
-        return make_roots(make_unet(**FULL_UNET), *encoders)
 
 
 @pytest.fixture(scope="module")
