@@ -160,6 +160,7 @@ def test_loras_of_models_of_different_widths(few, tmp_path, capsys, changed):
             "--model FEW --dynamic_method sv_ratio --dynamic_param 0.5 --save_to O.safetensors",
             "keeps nothing",
         ),
+        (resize_lora, "--model FEW --device nowhere --save_to O.safetensors", "device nowhere cannot be used"),
         (check_lora, "FEW --png picture.jpg", "no name of a PNG file"),
     ],
 )

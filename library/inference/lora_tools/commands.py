@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
+from library.errors import UserError
 from library.inference.lora_tools import combine, dylora, norms
 from library.inference.lora_tools.extract import Extraction
 from library.inference.lora_tools.extract import extract as extract_change
@@ -39,7 +42,7 @@ def svd_merge(args: argparse.Namespace) -> int:
         new_rank=args.new_rank,
         new_conv_rank=args.new_conv_rank,
         shuffle=getattr(args, "shuffle", False),
-        device=getattr(args, "device", "cpu"),
+        device=_device(getattr(args, "device", "cpu")),
         with_metadata=not args.no_metadata,
     )
     return 0
@@ -54,9 +57,9 @@ def extract(args: argparse.Namespace) -> int:
         min_diff=args.min_diff,
         load_dtype=dtype_of(args.load_precision),
         iterations=args.svd_iterations if args.svd == "randomized" else None,
-        device=args.device,
-        original_device=args.load_original_model_to,
-        tuned_device=args.load_tuned_model_to,
+        device=_device(args.device),
+        original_device=_device(args.load_original_model_to or args.device),
+        tuned_device=_device(args.load_tuned_model_to or args.device),
     )
     extract_change(
         args.model_org,
@@ -78,7 +81,7 @@ def resize(args: argparse.Namespace) -> int:
         args.save_to,
         rule,
         save_dtype=dtype_of(args.save_precision),
-        device=args.device,
+        device=_device(args.device),
         verbose=args.verbose,
     )
     return 0
@@ -99,6 +102,16 @@ def check(args: argparse.Namespace) -> int:
     if args.png:
         norms.draw(found, args.png, title=f"{Path(args.file).name}: change by block")
     return int(any(one.fault.startswith("NaN") for one in found))
+
+
+def _device(name: str) -> str:
+    """A device's name, after trying it. Raises UserError where this machine does not have it."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device {name} cannot be used ({reason})", "--device", "give cpu, or cuda") from None
+    return name
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:

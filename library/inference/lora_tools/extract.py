@@ -39,8 +39,8 @@ class Extraction:
     load_dtype: torch.dtype | None = None
     iterations: int | None = None
     device: str = "cpu"
-    original_device: str | None = None
-    tuned_device: str | None = None
+    original_device: str = "cpu"
+    tuned_device: str = "cpu"
 
     def rank_of(self, target: Target) -> int:
         """The rank of a module, at most as many as its weight has singular values."""
@@ -72,7 +72,7 @@ class _Pair:
         )
         found = []
         for model, place, device in pieces:
-            weight = model.weight(place).to(device or how.device)
+            weight = model.weight(place).to(device)
             weight = (weight if how.load_dtype is None else weight.to(how.load_dtype)).float()
             if not torch.isfinite(weight).all():
                 raise UserError(f"{target.name} holds NaN or infinity", model.where, "use an earlier save of the model")

@@ -189,7 +189,9 @@ class _Merged(Mapping[str, Tensor]):
             return tensor
         delta = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
         merged = (weight + delta).to(self._precision)
-        self.errors.add(delta, merged.to(self._dtype).float() - weight - delta)
+        error = merged.to(self._dtype).float() - weight
+        error -= delta
+        self.errors.add(delta, error)
         return merged
 
     def __iter__(self) -> Iterator[str]:

@@ -79,11 +79,8 @@ def resize(
 
 def _count(sums: ErrorSums, before: Factors, after: Factors, scale: float) -> None:
     """Add a module's norms; both changes have the same alpha / rank."""
-    wanted = before.up_Or @ before.down_rI
-    made = (after.up_Or @ after.down_rI).to(wanted.device)
-    sums.add_squares(
-        scale**2 * float(wanted.double().square().sum()), scale**2 * float((made - wanted).double().square().sum())
-    )
+    wanted = scale * (before.up_Or @ before.down_rI)
+    sums.add(wanted, scale * (after.up_Or @ after.down_rI) - wanted)
 
 
 def _line(module: LowRank, svd: Svd, rank: int) -> str:
