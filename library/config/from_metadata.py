@@ -66,7 +66,10 @@ _MODELSPEC = (
     "title", "author", "description", "license", "tags", "usage_hint", "trigger_phrase", "preprocessor",
     "is_negative_embedding",
 )  # fmt: skip
-_PREDICTIONS = {"v": {"v_parameterization": True}, "rectified_flow": {"prediction_type": "rectified_flow"}}
+_PREDICTIONS: dict[str, dict[str, Any]] = {
+    "v": {"v_parameterization": True},
+    "rectified_flow": {"prediction_type": "rectified_flow"},
+}
 _NOT_RECORDED = "caption_extension, save_*, sample_*, logging and most lr_scheduler_* options are not recorded"
 
 

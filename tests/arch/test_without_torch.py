@@ -1,4 +1,4 @@
-"""What looks at a data set without training on it needs no torch."""
+"""What looks at a data set or at a file's header needs no torch."""
 
 import subprocess
 import sys
@@ -22,12 +22,14 @@ TORCH_FREE = [
     "library.data.report_page",
     "library.diffusion.crops",
     "library.inference.dataset_report",
+    "library.io.lora_settings",
+    "library.io.metadata_report",
     "library.models.token_ids",
 ]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
-def test_the_description_of_a_data_set_is_made_without_torch(module):
+def test_the_description_of_data_sets_and_headers_is_made_without_torch(module):
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     result = subprocess.run([sys.executable, "-c", code], cwd=tree.ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -29,8 +29,8 @@ from library.models.opened import LOGIT_SCALE
 from library.models.prediction import Stated
 from library.models.tensors import joined
 from library.plugins import load_plugin
-from networks._merge_weights import BlockWeights
 from networks._keys import AdapterRoot, Target
+from networks._merge_weights import BlockWeights
 
 log = get_logger(__name__)
 
