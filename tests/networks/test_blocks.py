@@ -121,6 +121,7 @@ def test_a_weight_of_zero_takes_the_block_out_and_every_block_has_a_group(full_r
     assert rates == {
         "textencoder1": 2e-4,
         "textencoder2": 3e-4,
+        "unet_block6": pytest.approx(1e-3 * 5 / 8),
         "unet_block8": pytest.approx(1e-3 * 7 / 8),
         "unet_block9": pytest.approx(1e-3),
         **blocks,
