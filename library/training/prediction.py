@@ -124,7 +124,9 @@ def asked_for(cfg: RunConfig) -> Asked:
     model = cfg.model
     kind = "v_prediction" if model.v_parameterization else model.prediction_type
     zero_snr = model.zero_terminal_snr if cfg.is_given("zero_terminal_snr") else None
-    return Asked(kind, zero_snr, model.flow_shift, model.allow_prediction_type_change)  # type: ignore[arg-type]
+    # What the checkpoint says is about its own U-Net, not about one that is trained from scratch.
+    is_new = "finetune" in cfg.groups and bool(cfg.finetune.unet_config)
+    return Asked(kind, zero_snr, model.flow_shift, model.allow_prediction_type_change or is_new)  # type: ignore[arg-type]
 
 
 def early_decision(cfg: RunConfig) -> Decision:

@@ -89,10 +89,16 @@ def test_a_unet_from_scratch(fine_tune, tmp_path):
     config["transformer_layers_per_block"] = [1, 1, 1]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config, default=list))
-    flags = ["--max_train_steps=2", f"--unet_config={path}", "--save_precision=bf16"]
+    flags = [
+        "--max_train_steps=2",
+        f"--unet_config={path}",
+        "--save_precision=bf16",
+        "--prediction_type=rectified_flow",
+    ]
     first, second = fine_tune("one", *flags), fine_tune("two", *flags)
     assert log_of(first) == log_of(second)  # the seed decides the new weights too
     loaded = checkpoint.load_bundle(str(first / "net.safetensors"))
+    assert loaded.prediction_type == "rectified_flow", "what the checkpoint says is about another U-Net"
     assert loaded.arch.unet.depths[-1] == 1 and bundle.arch.unet.depths[-1] > 1
     assert sum(p.numel() for p in loaded.unet.parameters()) < sum(p.numel() for p in bundle.unet.parameters())
 
