@@ -23,6 +23,7 @@ class DoraAdapter(LoraAdapter):
     """
 
     float32_tensors = frozenset({"alpha", "dora_scale"})
+    base_square: Tensor
 
     def __init__(self, base: nn.Linear | nn.Conv2d, *, on_output: bool = True, **settings) -> None:
         super().__init__(base, **settings)
