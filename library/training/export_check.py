@@ -80,8 +80,11 @@ class ExportCheck:
             stack.enter_context(eval_mode((bundle.unet, bundle.text_encoder_1, bundle.text_encoder_2, live)))
             stack.enter_context(torch.no_grad())
             tensors = stack.enter_context(TensorReader(path))
-            again = self.trainable.read_saved(bundle, tensors, where=str(path)).eval()
-            complaint = _other_modules(live, again)
+            try:
+                again = self.trainable.read_saved(bundle, tensors, where=str(path)).eval()
+                complaint = _other_modules(live, again)
+            except UserError as error:  # such as numbers that are not finite
+                complaint = error.problems[0].what
             if complaint is None:
                 _like(again, live)
                 stack.enter_context(rounded(live, {key: tensors[key].dtype for key in tensors}))
