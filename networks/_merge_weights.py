@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 
-from library.config import block_weights
+from library.config.block_weights import MERGE_SLOTS
 from library.errors import UserError
 from networks._block_weights import slot_of
-
-# Also the list of SD 1.x, which sd-scripts takes for every model.
-SLOTS = {**block_weights.SLOTS, 17: (0, 2, 3, 5, 6, 8, 9, 13, *range(17, 26))}
 
 
 def slot_names() -> tuple[str, ...]:
@@ -30,9 +27,9 @@ class BlockWeights:
     """One model's weights; without a list every module has weight 1."""
 
     def __init__(self, values: tuple[float, ...] | None = None) -> None:
-        assert values is None or len(values) in SLOTS, values
+        assert values is None or len(values) in MERGE_SLOTS, values
         self.values = values
-        self._by_slot = {} if values is None else dict(zip(SLOTS[len(values)], values, strict=True))
+        self._by_slot = {} if values is None else dict(zip(MERGE_SLOTS[len(values)], values, strict=True))
 
     @classmethod
     def parse(cls, text: str, *, where: str = "--lbws") -> BlockWeights:
@@ -43,11 +40,11 @@ class BlockWeights:
             raise UserError(f"{text!r} is not a list of numbers", where, 'write it as "[1,1,0,...]"') from None
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             raise UserError(f"{text!r} holds something else than numbers", where, 'write it as "[1,1,0,...]"')
-        if len(values) not in SLOTS:
+        if len(values) not in MERGE_SLOTS:
             raise UserError(
                 f"a list has {len(values)} weights",
                 where,
-                f"give one of {', '.join(map(str, sorted(SLOTS)))} weights, as docs/tools.md lists them",
+                f"give one of {', '.join(map(str, sorted(MERGE_SLOTS)))} weights, as docs/tools.md lists them",
             )
         return cls(tuple(float(value) for value in values))
 

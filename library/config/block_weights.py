@@ -8,6 +8,8 @@ SLOTS: dict[int, tuple[int, ...]] = {
     20: (0, *range(1, 10), 13, *range(14, 23)),
     12: (0, 5, 6, 8, 9, 13, *range(14, 20)),
 }
+# Merging also takes the list of SD 1.x, as sd-scripts does.
+MERGE_SLOTS: dict[int, tuple[int, ...]] = {**SLOTS, 17: (0, 2, 3, 5, 6, 8, 9, 13, *range(17, 26))}
 NUM_U_NET_BLOCKS = 23
 
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.config.block_weights import MERGE_SLOTS
 from library.errors import UserError
 from networks._algebra import Factors, Retained, clamped, dynamic_rank, factors_of, svd_of_matrix, svd_of_product
 from networks._block_weights import slot_of
-from networks._merge_weights import SLOTS, BlockWeights, slot_names
+from networks._merge_weights import BlockWeights, slot_names
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 5))
 
@@ -116,7 +117,7 @@ def test_slots_of_names():
         "lora_unet_out_2": "OUT09",
     }
     assert {name: names[slot_of(name)] for name in wanted} == wanted
-    lists = {length: [names[place] for place in places] for length, places in SLOTS.items()}
+    lists = {length: [names[place] for place in places] for length, places in MERGE_SLOTS.items()}
     assert lists[12] == [
         "BASE",
         "IN04",
@@ -135,7 +136,7 @@ def test_slots_of_names():
         names[17:]
     )
     assert lists[20] == [*names[:10], "MID", *names[14:23]]
-    assert all(len(places) == length for length, places in SLOTS.items())
+    assert all(len(places) == length for length, places in MERGE_SLOTS.items())
 
 
 def test_what_a_list_does_not_name_has_weight_one():

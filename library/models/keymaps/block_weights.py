@@ -10,16 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from library.config.block_weights import MERGE_SLOTS
 from library.errors import UserError
 from library.models.arch import PREFIXES
 from library.models.keymaps.unet import NUM_BLOCKS, block_index
 
-_SLOTS: dict[int, tuple[int, ...]] = {
-    12: (0, 5, 6, 8, 9, 13, *range(14, 20)),
-    17: (0, 2, 3, 5, 6, 8, 9, 13, *range(17, 26)),
-    20: (0, *range(1, 10), 13, *range(14, 23)),
-    26: tuple(range(26)),
-}
 _MID = 13
 
 
@@ -30,8 +25,8 @@ def parse_block_weights(text: str, *, where: str) -> tuple[float, ...]:
         weights = tuple(float(each) for each in found)
     except (ValueError, TypeError) as error:
         raise UserError(f"{text!r} is no list of numbers ({error})", where, "write [1,1,0.5,…]") from None
-    if len(weights) not in (*_SLOTS, NUM_BLOCKS):
-        counts = ", ".join(map(str, sorted((*_SLOTS, NUM_BLOCKS))))
+    if len(weights) not in (*MERGE_SLOTS, NUM_BLOCKS):
+        counts = ", ".join(map(str, sorted((*MERGE_SLOTS, NUM_BLOCKS))))
         raise UserError(f"the list has {len(weights)} block weights", where, f"give one of {counts}")
     return weights
 
@@ -43,7 +38,7 @@ def block_weight(key: str, weights: Sequence[float]) -> float:
     """
     if len(weights) == NUM_BLOCKS:
         return weights[block_index(key.removeprefix(PREFIXES["unet"]))] if key.startswith(PREFIXES["unet"]) else 1.0
-    slots = _SLOTS[len(weights)]
+    slots = MERGE_SLOTS[len(weights)]
     slot = _slot(key)
     return weights[slots.index(slot)] if slot in slots else 1.0
 
