@@ -127,16 +127,7 @@ def _make(
     on_output = args.wd_on_output
     if size.tensors is not None:
         on_output = size.tensors["dora_scale"].shape[0] == base.weight.shape[0]
-    return DoraAdapter(
-        base,
-        on_output=on_output,
-        rank=size.rank,
-        alpha=size.alpha,
-        dropout=dropout,
-        rank_dropout=args.rank_dropout,
-        module_dropout=args.module_dropout,
-        generator=generator,
-    )
+    return DoraAdapter.of(base, size, args, dropout, generator, on_output=on_output)
 
 
 _family = Family("dora", _make, DORA)

@@ -5,6 +5,7 @@ y = W x + multiplier * (alpha / r) * up(drop(down(x))), r the rank (lora_format.
 
 import math
 from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -120,21 +121,29 @@ class LoraAdapter(Adapter):
         for factor in (self.lora_up.weight, self.lora_down.weight):
             factor.mul_(root.to(factor.dtype))
 
+    @classmethod
+    def of(
+        cls,
+        base: nn.Linear | nn.Conv2d,
+        size: Size,
+        args: LoraArgs,
+        dropout: float,
+        generator: torch.Generator | None,
+        **settings: Any,
+    ) -> Self:
+        """The adapter of one module with the size and the arguments of a run; `settings` are those of a relative."""
+        return cls(
+            base,
+            rank=size.rank,
+            alpha=size.alpha,
+            dropout=dropout,
+            rank_dropout=args.rank_dropout,
+            module_dropout=args.module_dropout,
+            generator=generator,
+            **settings,
+        )
 
-def _make(
-    base: nn.Linear | nn.Conv2d, size: Size, args: LoraArgs, dropout: float, generator: torch.Generator | None
-) -> LoraAdapter:
-    return LoraAdapter(
-        base,
-        rank=size.rank,
-        alpha=size.alpha,
-        dropout=dropout,
-        rank_dropout=args.rank_dropout,
-        module_dropout=args.module_dropout,
-        generator=generator,
-    )
 
-
-_family = Family("lora", _make)
+_family = Family("lora", LoraAdapter.of)
 create = _family.create
 create_from_weights = _family.create_from_weights

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from networks._args import LoraArgs
-from networks._build import Family, Size
+from networks._build import Family
 from networks.lora import LoraAdapter
 
 
@@ -30,20 +29,6 @@ class LoraFaAdapter(LoraAdapter):
         self.lora_up.weight.mul_(ratio.to(self.lora_up.weight.dtype))
 
 
-def _make(
-    base: nn.Linear | nn.Conv2d, size: Size, args: LoraArgs, dropout: float, generator: torch.Generator | None
-) -> LoraFaAdapter:
-    return LoraFaAdapter(
-        base,
-        rank=size.rank,
-        alpha=size.alpha,
-        dropout=dropout,
-        rank_dropout=args.rank_dropout,
-        module_dropout=args.module_dropout,
-        generator=generator,
-    )
-
-
-_family = Family("lora_fa", _make)
+_family = Family("lora_fa", LoraFaAdapter.of)
 create = _family.create
 create_from_weights = _family.create_from_weights
