@@ -48,7 +48,9 @@ def test_a_hub_id_stays_whole(complete):
 def test_wandb_has_to_be_installed_when_it_is_asked_for(problems_of, tracker, monkeypatch):
     monkeypatch.setattr(check_files, "find_spec", lambda name: None)
     (problem,) = problems_of(log_with=tracker)
-    assert problem.what == "log_with wandb needs wandb, which is not installed" and "pip install wandb" in problem.fix
+    assert (
+        problem.what == f"log_with {tracker} needs wandb, which is not installed" and "pip install wandb" in problem.fix
+    )
     assert problems_of(log_with="tensorboard") == ()
 
 
