@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+from library.config.block_weights import NUM_U_NET_BLOCKS
 from library.errors import Problem, UserError
-from networks._blocks import NUM_BLOCKS, WEIGHT_COUNTS, block_weights, parse_weights
+from networks._blocks import WEIGHT_COUNTS, block_weights, parse_weights
 from networks._rules import TargetRule, parse_rules
 
 _CONV = ("conv_dim", "conv_alpha")
@@ -258,8 +259,8 @@ def _boolean(text: str) -> bool:
 def _per_block(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def read(text: str) -> tuple[Any, ...]:
         values = tuple(parse(item.strip()) for item in text.split(","))
-        if len(values) != NUM_BLOCKS:
-            raise ValueError(f"has {len(values)} values; SDXL's U-Net has {NUM_BLOCKS} blocks")
+        if len(values) != NUM_U_NET_BLOCKS:
+            raise ValueError(f"has {len(values)} values; SDXL's U-Net has {NUM_U_NET_BLOCKS} blocks")
         return values
 
     return read

@@ -1,31 +1,22 @@
 """The 23 blocks of SDXL's U-Net, as network_args number them, and rates per block (block_lr.md §2); torch-free."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
-NUM_BLOCKS = 23
+from library.config.block_weights import u_net_block
+
 DOWN, MID, UP = 9, 3, 9
 
 # network_args key -> how many weights it has.
 WEIGHT_COUNTS = {"down_lr_weight": DOWN, "mid_lr_weight": MID, "up_lr_weight": UP}
 
-_NUMBERED = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)_")
-_FIRST = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
-
 
 def block_index(name: str) -> int | None:
-    """The block 0..22 of a U-Net module by its sd-scripts name (`lora_unet_input_blocks_4_1_…` is 5); None: no block.
-
-    0 is time_embed and label_emb, 1 + i input_blocks i, 10 + i middle_block i, 13 + i output_blocks i, 22 out.
-    """
-    path = name.split("_unet_", 1)[-1]
-    found = _NUMBERED.match(path)
-    if found:
-        return _FIRST[found[1]] + int(found[2])
-    if path.startswith(("time_embed_", "label_emb_")):
-        return 0
-    return NUM_BLOCKS - 1 if path.startswith("out_") else None
+    """The block 0..22 of a U-Net module by its name in files (`lora_unet_input_blocks_4_1_…` is 5); None: no block."""
+    try:
+        return u_net_block(name.split("_unet_", 1)[-1])
+    except KeyError:
+        return None
 
 
 def _sine(i: int) -> float:

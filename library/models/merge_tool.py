@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library.config.block_weights import MERGE_SLOTS, parse_block_weights, u_net_block, weight_of_block
 from library.errors import UserError
 from library.io.checkpoint_file import read_checkpoint
 from library.io.modelspec import modelspec_metadata
@@ -20,7 +21,6 @@ from library.log import get_logger
 from library.models import checkpoint, identify, prediction
 from library.models.arch import PREFIXES
 from library.models.convert_tool import DTYPES
-from library.models.keymaps.block_weights import block_weight, parse_block_weights
 from library.models.tensors import shape_of
 
 log = get_logger(__name__)
@@ -48,7 +48,7 @@ class Recipe:
         if not self.weights:
             return self.shares
         pairs = zip(self.shares[1:], self.weights, strict=True)
-        others = tuple(share * block_weight(key, weights) for share, weights in pairs)
+        others = tuple(share * weight_of_block(_block_of(key), weights) for share, weights in pairs)
         return (self.shares[0] + sum(self.shares[1:]) - sum(others), *others)
 
 
@@ -125,10 +125,23 @@ class Merged(Mapping[str, Tensor]):
             log.info("merged %d of %d tensors", self._done, len(self))
 
 
+def _block_weights(text: str) -> tuple[float, ...]:
+    try:
+        return parse_block_weights(text, MERGE_SLOTS)
+    except ValueError as error:
+        raise UserError(f"a list of block weights {error}", "--lbws", "write [1,1,0.5,...]") from None
+
+
+def _block_of(key: str) -> int | None:
+    """The U-Net block of a single-file key, None for text encoders and VAE."""
+    prefix = PREFIXES["unet"]
+    return u_net_block(key.removeprefix(prefix)) if key.startswith(prefix) else None
+
+
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The shares that the flags ask for. Raises UserError for counts that do not go together."""
     count, ratios = len(arguments.models), arguments.ratios or []
-    weights = tuple(parse_block_weights(text, where="--lbws") for text in arguments.lbws or [])
+    weights = tuple(_block_weights(text) for text in arguments.lbws or [])
     if arguments.add_difference:
         if count != _MODELS_OF_DIFFERENCE or len(ratios) > 1 or len(weights) > 1:
             raise UserError(

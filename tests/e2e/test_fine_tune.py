@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.config.block_weights import u_net_block
 from library.models import checkpoint
 from library.models.embedded import materialised_tiny
-from library.models.keymaps.unet import block_index
 from library.training.trainer import Trainer
 from tests.e2e.conftest import log_of
 from tests.e2e.test_resume import state_tensors
@@ -50,7 +50,7 @@ def test_a_block_with_rate_zero_is_bit_identical(fine_tune):
     rates = ["0"] * 23
     rates[8], rates[22] = "1e-3", "1e-4"
     output = fine_tune("out", "--max_train_steps=3", f"--block_lr={','.join(rates)}")
-    blocks = {block_index(name.removeprefix(UNET)) for name in _changed(output / "net.safetensors")}
+    blocks = {u_net_block(name.removeprefix(UNET)) for name in _changed(output / "net.safetensors")}
     assert blocks == {8, 22}
     assert {name for name in log_of(output)[0] if name.startswith("lr/")} == {"lr/block8", "lr/block22"}
 

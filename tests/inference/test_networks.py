@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import sdxl_gen_img
-from library.config.block_weights import parse_block_weights
+from library.config.block_weights import parse_block_weights, slot_of_block
 from library.config.generate import GenerateOptions
 from library.errors import UserError
 from library.inference.adapters import adapter_roots, read_network
@@ -19,7 +19,7 @@ from library.inference.network_set import add_to_model, check_strengths, load_se
 from library.inference.prompt_line import GenRequest
 from library.sizes import Size
 from networks import _foreign, lora
-from networks._block_weights import block_factor, slot_of, u_net_block_of
+from networks._block_weights import block_factor, block_of
 
 REQUEST = GenRequest(prompt="a red circle", negative="blurry", size=Size(64, 64), steps=1, scale=3.0, seed=3)
 STEP = 1  # of 255: sums in another order may round a pixel differently
@@ -155,7 +155,7 @@ SLOTS = {
 
 @pytest.mark.parametrize("name", SLOTS)
 def test_blocks_are_those_of_sd_scripts(name):
-    assert (slot_of(name), u_net_block_of(name)) == SLOTS[name]
+    assert (slot_of_block(block_of(name)), block_of(name)) == SLOTS[name]
 
 
 def test_short_lists_leave_the_blocks_alone_that_they_do_not_name():

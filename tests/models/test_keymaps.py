@@ -9,11 +9,12 @@ import torch
 from diffusers.loaders import single_file_utils as oracle
 from safetensors.torch import load_file
 
+from library.config.block_weights import u_net_block
 from library.models.arch import PARTS, PREFIXES, SDXL, Part, arch_from_tensors
 from library.models.assemble import empty_module, part_keymap, stored_shapes
 from library.models.bundle import ModelBundle
 from library.models.keymaps.text import with_text_model
-from library.models.keymaps.unet import block_index, diffusers_to_sai, sai_to_diffusers
+from library.models.keymaps.unet import diffusers_to_sai, sai_to_diffusers
 from library.models.keymaps.vae import modern_key
 
 # tensors and parameters of the 23 U-Net blocks; source: spec block_lr.md §1
@@ -43,8 +44,8 @@ def test_full_size_has_2514_tensors_with_the_logit_scale(full_size):
 def test_full_size_blocks_have_the_published_tensors_and_parameters(full_size):
     tensors, parameters = Counter(), Counter()
     for key, shape in full_size["unet"].items():
-        tensors[block_index(key)] += 1
-        parameters[block_index(key)] += math.prod(shape)
+        tensors[u_net_block(key)] += 1
+        parameters[u_net_block(key)] += math.prod(shape)
     assert [(tensors[index], parameters[index]) for index in range(23)] == BLOCKS
 
 
@@ -111,13 +112,13 @@ def test_unet_names_translate_there_and_back(full_size):
 def test_module_paths_for_lora_names(diffusers, sai, block):
     assert diffusers_to_sai(diffusers) == sai
     assert sai_to_diffusers(sai) == diffusers
-    assert block_index(sai) == block
-    assert block_index(sai.replace(".", "_")) == block
+    assert u_net_block(sai) == block
+    assert u_net_block(sai.replace(".", "_")) == block
 
 
 @pytest.mark.parametrize("name", ["", "text_model.encoder", "down_blocks", "conv_input", "input_blocks", "outer.0"])
 def test_names_that_are_not_of_the_unet_are_refused(name):
-    for function in (diffusers_to_sai, sai_to_diffusers, block_index):
+    for function in (diffusers_to_sai, sai_to_diffusers, u_net_block):
         with pytest.raises(KeyError):
             function(name)
 

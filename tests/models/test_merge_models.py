@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from library.config.block_weights import MERGE_SLOTS, parse_block_weights
 from library.models import checkpoint
-from library.models.keymaps.block_weights import block_weight, parse_block_weights
+from library.models.merge_tool import Recipe
 from tools.merge_models import main
 
 UNET = "model.diffusion_model."
@@ -123,8 +124,9 @@ def test_every_length_reaches_the_blocks_that_it_names(count, named):
     keys |= {f"OUT{n:02}": f"{UNET}output_blocks.{n}.0.x" for n in range(9)}
     keys |= {"MID": f"{UNET}middle_block.2.x", "BASE": "first_stage_model.x"}
     for name, key in keys.items():
-        assert block_weight(key, weights) == (weights[named.index(name)] if name in named else 1.0), name
-    assert len(parse_block_weights(json.dumps(weights), where="")) == count
+        recipe = Recipe((0.0, 1.0), (tuple(weights),))
+        assert recipe.shares_of(key)[1] == (weights[named.index(name)] if name in named else 1.0), name
+    assert len(parse_block_weights(json.dumps(weights), MERGE_SLOTS)) == count
 
 
 def test_tensors_that_a_model_lacks(models, tmp_path, capsys):
@@ -145,8 +147,8 @@ def test_tensors_that_a_model_lacks(models, tmp_path, capsys):
     [
         (["--ratios", "1"], "1 ratios for 2 models"),
         (["--add_difference"], "three models"),
-        (["--lbws", "[1,2]"], "2 block weights"),
-        (["--lbws", "[x]"], "no list of numbers"),
+        (["--lbws", "[1,2]"], "has 2 weights"),
+        (["--lbws", "[x]"], "not a list of numbers"),
         (["--lbws", *["[" + ",".join(["1"] * 12) + "]"] * 2], "2 lists of block weights for 2 models"),
         (["--ratios", "1e30", "1e30"], "not finite"),
     ],

@@ -7,11 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.config.block_weights import MERGE_SLOTS
-from library.errors import UserError
+from library.config.block_weights import MERGE_SLOTS, SLOT_NAMES, parse_block_weights, slot_of_block
 from networks._algebra import Factors, Retained, clamped, dynamic_rank, factors_of, svd_of_matrix, svd_of_product
-from networks._block_weights import slot_of
-from networks._merge_weights import BlockWeights, slot_names
+from networks._block_weights import block_factor, block_of
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 5))
 
@@ -102,7 +100,6 @@ def test_clamping_is_at_numpys_quantile(quantile):
 
 
 def test_slots_of_names():
-    names = slot_names()
     wanted = {
         "lora_te1_text_model_encoder_layers_0_mlp_fc1": "BASE",
         "lora_te2_text_model_encoder_layers_31_self_attn_q_proj": "BASE",
@@ -116,8 +113,8 @@ def test_slots_of_names():
         "lora_unet_output_blocks_5_2_conv": "OUT05",
         "lora_unet_out_2": "OUT09",
     }
-    assert {name: names[slot_of(name)] for name in wanted} == wanted
-    lists = {length: [names[place] for place in places] for length, places in MERGE_SLOTS.items()}
+    assert {name: SLOT_NAMES[slot_of_block(block_of(name))] for name in wanted} == wanted
+    lists = {length: [SLOT_NAMES[place] for place in places] for length, places in MERGE_SLOTS.items()}
     assert lists[12] == [
         "BASE",
         "IN04",
@@ -133,20 +130,20 @@ def test_slots_of_names():
         "OUT05",
     ]
     assert lists[17][:8] == ["BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID"] and lists[17][8:] == list(
-        names[17:]
+        SLOT_NAMES[17:]
     )
-    assert lists[20] == [*names[:10], "MID", *names[14:23]]
+    assert lists[20] == [*SLOT_NAMES[:10], "MID", *SLOT_NAMES[14:23]]
     assert all(len(places) == length for length, places in MERGE_SLOTS.items())
 
 
 def test_what_a_list_does_not_name_has_weight_one():
-    weights = BlockWeights.parse("0,0,0,0,0,0,0,0,0,0,0,0")
-    assert weights("lora_unet_input_blocks_4_1_proj_in") == 0
-    assert weights("lora_unet_input_blocks_1_0_in_layers_2") == 1
-    assert BlockWeights()("lora_unet_input_blocks_4_1_proj_in") == 1
+    weights = parse_block_weights("[0,0,0,0,0,0,0,0,0,0,0,0]", MERGE_SLOTS)
+    assert block_factor("lora_unet_input_blocks_4_1_proj_in", weights) == 0
+    assert block_factor("lora_unet_input_blocks_1_0_in_layers_2", weights) == 1
+    assert block_factor("lora_unet_input_blocks_4_1_proj_in", ()) == 1
 
 
 @pytest.mark.parametrize("text", ["[1,2]", "one", '["a"]', "[1," * 12, "[true" + ",1" * 11 + "]"])
 def test_lists_that_cannot_be_read(text):
-    with pytest.raises(UserError):
-        BlockWeights.parse(text)
+    with pytest.raises(ValueError):
+        parse_block_weights(text, MERGE_SLOTS)

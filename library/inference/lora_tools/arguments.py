@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from library.config.block_weights import MERGE_SLOTS, parse_block_weights
 from library.errors import Problem, UserError
 from library.io.safetensors_header import read_header
 
@@ -204,14 +205,12 @@ def _check_sources(args: argparse.Namespace) -> list[Problem]:
 
 
 def _check_lbws(texts: Sequence[str]) -> list[Problem]:
-    from networks._merge_weights import BlockWeights
-
     problems = []
     for text in texts:
         try:
-            BlockWeights.parse(text)
-        except UserError as error:
-            problems += error.problems
+            parse_block_weights(text, MERGE_SLOTS)
+        except ValueError as error:
+            problems.append(Problem(f"a list of block weights {error}", "--lbws", "write it as docs/tools.md has it"))
     return problems
 
 

@@ -18,6 +18,7 @@ from library.inference.lora_tools.report import ErrorSums
 from library.inference.lora_tools.writing import NetworkWriter, minimal_metadata, spec_metadata
 from library.log import get_logger
 from networks._algebra import Factors, factors_of, svd_of_product
+from networks._block_weights import block_factor
 
 log = get_logger(__name__)
 
@@ -50,7 +51,7 @@ class _Stack:
         for source, file, table in zip(self.sources, self.files, self.tables, strict=True):
             if name not in table:
                 continue
-            factor = source.ratio * source.blocks(name) * table[name].scale
+            factor = source.ratio * block_factor(name, source.blocks) * table[name].scale
             up, down = file.factors(table[name])
             share = math.sqrt(abs(factor))
             ups.append(up * math.copysign(share, factor))
@@ -118,7 +119,7 @@ def _metadata(found: _Stack, writer: NetworkWriter, args: str | None, with_metad
         return metadata | spec_metadata(writer.path, prediction=prediction)
     recipe = [
         f"{stem_of(source.path)} x {source.ratio:g}"
-        + ("" if source.blocks.values is None else f" lbw [{', '.join(f'{v:g}' for v in source.blocks.values)}]")
+        + (f" lbw [{', '.join(f'{v:g}' for v in source.blocks)}]" if source.blocks else "")
         for source in found.sources
     ]
     merged_from = ", ".join(file.metadata.get("modelspec.title") or stem_of(file.where) for file in found.files)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from library.config.block_weights import MERGE_SLOTS, parse_block_weights
 from library.errors import UserError
 from library.inference.lora_tools import combine, dylora, norms
 from library.inference.lora_tools.extract import Extraction
@@ -15,7 +16,6 @@ from library.inference.lora_tools.merge_model import Source, merge_into_checkpoi
 from library.inference.lora_tools.resize import RankRule
 from library.inference.lora_tools.resize import resize as resize_file
 from library.inference.lora_tools.writing import DTYPES, dtype_of
-from networks._merge_weights import BlockWeights
 
 
 def merge(args: argparse.Namespace) -> int:
@@ -115,6 +115,6 @@ def _device(name: str) -> str:
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
-    texts = args.lbws or [None] * len(args.models)
-    blocks = [BlockWeights() if text is None else BlockWeights.parse(text) for text in texts]
+    texts = args.lbws or [""] * len(args.models)
+    blocks = [parse_block_weights(text, MERGE_SLOTS) for text in texts]
     return [Source(*one) for one in zip(args.models, args.ratios, blocks, strict=True)]

@@ -29,8 +29,8 @@ from library.models.opened import LOGIT_SCALE
 from library.models.prediction import Stated
 from library.models.tensors import joined
 from library.plugins import load_plugin
+from networks._block_weights import block_factor
 from networks._keys import AdapterRoot, Target
-from networks._merge_weights import BlockWeights
 
 log = get_logger(__name__)
 
@@ -41,11 +41,11 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Source:
-    """One network to merge: file, ratio, and weights of the blocks."""
+    """One network to merge: file, ratio, and weights of the blocks as `weight_of_block` reads them."""
 
     path: str
     ratio: float
-    blocks: BlockWeights
+    blocks: tuple[float, ...]
 
 
 def merge_into_checkpoint(
@@ -134,7 +134,7 @@ class _OpenNetwork:
 
     def delta(self, model: StreamedModel, target: Target, weight: Tensor) -> Tensor | None:
         """ratio * block weight * change of the float32 `weight`; None where this network has nothing to add."""
-        factor = self.source.ratio * self.source.blocks(target.name)
+        factor = self.source.ratio * block_factor(target.name, self.source.blocks)
         keys = self.keys.get(target.name)
         if keys is None or factor == 0:
             return None

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from library.config.block_weights import u_net_block
 from library.data.progress import progress_bar
 from library.errors import UserError
 from library.inference.lora_tools.files import LoraFile
@@ -19,7 +20,6 @@ from library.inference.lora_tools.names import part_of, sd_scripts_name
 from library.inference.lora_tools.report import part_title
 from library.io.atomic import atomic_path
 from library.log import get_logger
-from library.models.keymaps.unet import block_index
 
 log = get_logger(__name__)
 
@@ -99,7 +99,7 @@ def _block(name: str) -> tuple[str, tuple[int, int]]:
         layer = next((int(p) for before, p in pairwise(pieces) if before == "layers" and p.isdigit()), 99)
         return f"{part} layer {layer}", (_TEXT_ORDER[part], layer)
     try:
-        index = block_index(name.partition("_unet_")[2])
+        index = u_net_block(name.partition("_unet_")[2])
     except KeyError:
         return part, (3, 0)
     if index == 0:

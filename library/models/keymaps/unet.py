@@ -5,14 +5,12 @@ number of levels and the depth of the transformers are free, which is why the ti
 table. Source of the table: the module structure of the two implementations.
 """
 
-import re
 from functools import cache
 
 from library.io.keymap import KeyMap, Rule, rename
 
 NUM_LEVELS = 3
 PLACES_PER_LEVEL = 3  # down: two resnets and a resampler; up: three resnets
-NUM_BLOCKS = 23
 
 _TOP = (
     rename("time_embed.0", "time_embedding.linear_1"),
@@ -32,8 +30,6 @@ _RESNET = (
     ("emb_layers.1", "time_emb_proj"),
     ("skip_connection", "conv_shortcut"),
 )
-_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)(?:[._](\d+))?(?:[._]|$)")
-_FIRST_INDEX = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 10, "output_blocks": 13, "out": 22}
 
 
 @cache
@@ -65,23 +61,6 @@ def diffusers_to_sai(name: str) -> str:
 def sai_to_diffusers(name: str) -> str:
     """Diffusers name of an SAI U-Net module path or tensor key; KeyError for what SDXL's U-Net does not have."""
     return _found(unet_keymap().name(name), name)
-
-
-def block_index(sai_name: str) -> int:
-    """Index 0..22 of the block that an SAI name belongs to, with dots or (as in LoRA keys) with underscores.
-
-    0 is the time and size embedding, 1-9 the input blocks, 10-12 the middle block, 13-21 the output blocks, 22 the
-    head. Raises KeyError for other names. Source: sd-scripts' per-block options.
-    """
-    match = _BLOCK.match(sai_name)
-    if match is None:
-        raise KeyError(sai_name)
-    kind, number = match[1], match[2]
-    if not kind.endswith(("blocks", "block")):
-        return _FIRST_INDEX[kind]
-    if number is None:
-        raise KeyError(sai_name)
-    return _FIRST_INDEX[kind] + int(number)
 
 
 def _resnet(sai: str, diffusers: str) -> list[Rule]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from library.config.block_weights import NUM_U_NET_BLOCKS, u_net_block
 from library.data.types import Batch
 from library.models import checkpoint, scratch
-from library.models.keymaps.unet import NUM_BLOCKS, block_index, diffusers_to_sai
+from library.models.keymaps.unet import diffusers_to_sai
 from library.training.trainable import PART_MODULES, ParamGroup, Part
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ class FullTrainable:
         if not self.cfg.finetune.block_lr:
             yield GROUP_NAMES["unet"], self.rates["unet"], [parameter for _, parameter in named]
             return
-        blocks: list[list[Tensor]] = [[] for _ in range(NUM_BLOCKS)]
+        blocks: list[list[Tensor]] = [[] for _ in range(NUM_U_NET_BLOCKS)]
         for name, parameter in named:
-            blocks[block_index(diffusers_to_sai(name))].append(parameter)
+            blocks[u_net_block(diffusers_to_sai(name))].append(parameter)
         for index, (rate, parameters) in enumerate(zip(self.cfg.finetune.block_lr, blocks, strict=True)):
             if rate and parameters:
                 yield f"block{index}", rate, parameters
