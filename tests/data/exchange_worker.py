@@ -1,7 +1,6 @@
 """One of two real processes: builds text caches in memory and prints what it ended with (see test_exchange.py)."""
 
 import json
-import sys
 from datetime import timedelta
 
 import torch
@@ -22,9 +21,10 @@ def found(folder: str, *, rank: int, world: int) -> dict:
     return {"line": report.line(), "rows": rows, "encoded": sorted(encode.captions)}
 
 
-def main(folder: str) -> None:
+def main(argv: list[str]) -> None:
     """A pass as on CPUs, then two on the way of ranks with GPUs, whose own group takes no objects."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    (folder,) = argv
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     passes = [found(folder, rank=rank, world=world)]
     made = []
@@ -37,7 +37,3 @@ def main(folder: str) -> None:
         if turn == rank:
             print(json.dumps({"rank": rank, "passes": passes, "groups": made}), flush=True)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,10 +1,7 @@
 """The cache tools as users start them, with the tiny model."""
 
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from library.models.checkpoint import load_bundle
 from library.models.families import sdxl
 from tests.data.samples import load_sample
 from tests.data.specs import write_folder, write_picture
+from tests.ranks import two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM = 7
@@ -141,13 +139,8 @@ def test_bad_input_is_a_sentence_and_exit_code_2(config, capsys):
 
 
 def test_two_processes_write_what_one_writes(config, capsys):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tools/cache_latents.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, "--config_file", str(config)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().splitlines() == ["built 7, reused 0, stale 0, failed 0"]
+    printed = two_ranks("tools.cache_latents", ["--config_file", str(config)], config.parent)
+    assert "".join(printed).strip().splitlines() == ["built 7, reused 0, stale 0, failed 0"]
     together = {path.name: path.read_bytes() for path in pictures(config).glob("*.npz")}
     assert run("cache_latents", config, capsys) == "built 0, reused 7, stale 0, failed 0"
     for path in pictures(config).glob("*.npz"):
@@ -237,14 +230,9 @@ def test_the_tools_fill_a_packed_cache_that_is_found_again(config, capsys, monke
 
 
 def test_two_processes_fill_one_packed_cache(config, capsys):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tools/cache_latents.py"]
-    command += ["--config_file", str(config), "--cache_store", "packed"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().splitlines()[-1] == "built 7, reused 0, stale 0, failed 0"
+    argv = ["--config_file", str(config), "--cache_store", "packed"]
+    printed = two_ranks("tools.cache_latents", argv, config.parent)
+    assert "".join(printed).strip().splitlines()[-1] == "built 7, reused 0, stale 0, failed 0"
     shards = list((config.parent / "train" / ".sdxl_cache" / "latents").glob("*.sdxlpack"))
     assert len(shards) == 2
     assert run("cache_latents", config, capsys, "--cache_store", "packed") == "built 0, reused 7, stale 0, failed 0"

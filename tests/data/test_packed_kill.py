@@ -1,6 +1,5 @@
 """kill -9 while two processes fill one packed cache: nothing is torn, and a rerun builds exactly what is missing."""
 
-import multiprocessing
 import random
 import shutil
 import time
@@ -16,6 +15,7 @@ from library.io.packed_maintenance import verify
 from library.io.packed_store import PackedStore
 from tests.data.fakes import Counting, fake_vae
 from tests.data.specs import dataset, subset, write_picture
+from tests.ranks import server
 
 NUM = 30
 SECONDS = 0.01
@@ -45,8 +45,7 @@ def work(folder, cache, ready, go):
 
 def kill(folder, cache, after):
     """Two processes begin to build and are killed together `after` seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["library.data.latent_caching", "library.data.assemble", __name__])
+    context = server()
     ready, go = context.Semaphore(0), context.Event()
     processes = [context.Process(target=work, args=(folder, cache, ready, go)) for _ in range(2)]
     for process in processes:

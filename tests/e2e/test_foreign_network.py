@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import sdxl_train_network
 from tests.e2e.conftest import arguments, copy_log, full_arguments, log_of
-from tests.e2e.test_processes import _start
 from tests.e2e.test_resume import state_tensors
+from tests.ranks import two_ranks
 
 pytest.importorskip("lycoris.kohya")
 NETWORK = ["--network_module=lycoris.kohya", "--network_dim=4", "--network_alpha=2"]
@@ -58,8 +58,7 @@ def test_two_processes_train_a_third_party_network_as_one(train, pictures, tmp_p
     flags = [*NETWORK, "--network_args", "algo=loha"]
     one = train("one", *SGD, *flags, "--train_batch_size=4", "--save_every_n_steps=1")
     two = tmp_path / "two"
-    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    _start(launcher, arguments(pictures, two, *SGD, *flags, "--train_batch_size=2"))
+    two_ranks("sdxl_train_network", arguments(pictures, two, *SGD, *flags, "--train_batch_size=2"), tmp_path)
     _same_losses(one, two)
     start = load_file(one / "net-step00000001.safetensors")
     _same_up_to_the_order_of_sums(one / "net.safetensors", two / "net.safetensors", start)
@@ -70,8 +69,7 @@ def test_two_processes_fine_tune_the_model_as_one(fine_tune, pictures, tmp_path)
     flags = [*SGD, "--train_text_encoder", "--save_every_n_steps=1"]
     one = fine_tune("one", *flags, "--train_batch_size=4")
     two = tmp_path / "two"
-    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    _start(launcher, full_arguments(pictures, two, *flags, "--train_batch_size=2"), script="sdxl_train.py")
+    two_ranks("sdxl_train", full_arguments(pictures, two, *flags, "--train_batch_size=2"), tmp_path)
     _same_losses(one, two)
     start = load_file(one / "net-step00000001.safetensors")
     _same_up_to_the_order_of_sums(one / "net.safetensors", two / "net.safetensors", start)

@@ -12,10 +12,10 @@ from library.training.bands import NAMES
 from tests.e2e.conftest import ROOT, arguments, log_of
 
 
-def _start(launcher: list[str], argv: list[str], *, script: str = "sdxl_train_network.py") -> None:
+def _start(launcher: list[str], argv: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(ROOT / script), *argv],
+        [sys.executable, "-m", *launcher, str(ROOT / "sdxl_train_network.py"), *argv],
         cwd=ROOT,
         env=environment,
         capture_output=True,

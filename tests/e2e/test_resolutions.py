@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import arguments, copy_log, log_of
-from tests.e2e.test_processes import _start
+from tests.ranks import two_ranks
 
 FLAGS = ["--resolutions", "64", "96", "--resolution_weights", "1", "2", "--save_state"]
 
@@ -42,8 +42,7 @@ def test_two_processes_equal_one_at_two_resolutions(train, pictures, tmp_path, o
     flags = [*FLAGS, "--max_train_steps=4", "--cache_latents"]
     one = train("one", *flags, "--train_batch_size=4")
     two = tmp_path / "two"
-    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    _start(launcher, only_several(pictures, two, *flags, "--train_batch_size=2"))
+    two_ranks("sdxl_train_network", only_several(pictures, two, *flags, "--train_batch_size=2"), tmp_path)
     for first, second in zip(log_of(one), log_of(two), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
 

@@ -135,7 +135,11 @@ def test_loras_of_models_of_different_widths(few, tmp_path, capsys, changed):
         (merge_lora, "--models FEW FEW --ratios 1 --save_to O.safetensors", "2 models, 1 ratios"),
         (merge_lora, "--ratios 1 --save_to O.safetensors", "no LoRA is given"),
         (merge_lora, "--models FEW --ratios nan --save_to O.safetensors", "not a finite number"),
-        (merge_lora, "--models FEW --ratios 1 --lbws [1,2] --save_to O.safetensors", "a list of block weights has 2 weights"),
+        (
+            merge_lora,
+            "--models FEW --ratios 1 --lbws [1,2] --save_to O.safetensors",
+            "a list of block weights has 2 weights",
+        ),
         (merge_lora, "--models FEW --ratios 1 --lbws [1] [1] --save_to O.safetensors", "1 models, 2 lbws"),
         (merge_lora, "--models nowhere --ratios 1 --save_to O.safetensors", "there is no file nowhere"),
         (merge_lora, "--models FEW --ratios 1 --save_to O.ckpt", "never written"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from library.data import dataset
 from library.models import checkpoint
 from library.training import launch
 from library.training.export_check import ExportCheck
+from tests.e2e.options.copying import Copier
 
 BASE: dict[str, Any] = {
     "pretrained_model_name_or_path": "tiny",
@@ -126,7 +126,7 @@ class _Lines(logging.Handler):
         self.lines.append(re.sub(r"/\S+|\d\d:\d\d:\d\d", "", record.getMessage()))
 
 
-_BUNDLES: dict[str, Any] = {}
+_BUNDLES: dict[str, Copier] = {}
 
 
 @contextlib.contextmanager
@@ -139,8 +139,8 @@ def _spied(seen: Seen, patch: Any) -> Iterator[None]:
         seen.loading.update(options)
         key = f"{name} {sorted(map(str, options.items()))}"
         if key not in _BUNDLES:
-            _BUNDLES[key] = load(name, **options)
-        bundles.append(copy.deepcopy(_BUNDLES[key]))
+            _BUNDLES[key] = Copier(load(name, **options))
+        bundles.append(_BUNDLES[key].copy())
         _watch(bundles[-1], seen)
         return bundles[-1]
 
