@@ -1,10 +1,11 @@
 """Does a run learn? The share of the new concept's colours in generated pictures, before and after training.
 
-    python benchmarks/learning.py [--seeds 1 2 3] [--steps 500] [--kind lora|full|bf16]
+    python benchmarks/learning.py [--seeds 1 2 3] [--steps 500] [--kind lora|dora|...|full|bf16]
 
-Trains the demo's LoRA (demo/lora.toml) or the whole model (also with --full_bf16) and draws "a zxq" on the five
-backgrounds of the training pictures, with and without the result, through the real scripts. The share is that of
-magenta and lime pixels, mean over the pictures.
+Trains the demo's LoRA (demo/lora.toml), another kind of network in its place, or the whole model (also with
+--full_bf16) and draws "a zxq" on the five backgrounds of the training pictures, with and without the result, through
+the real scripts. The share is that of magenta and lime pixels, mean over the pictures. Further flags go to the training
+script.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +27,14 @@ FULL = [
     "--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=20",
 ]  # fmt: skip
 BF16 = ["--mixed_precision=bf16", "--full_bf16"]
+# What the other kinds of networks need beside the settings of the LoRA.
+NETWORKS: dict[str, list[str]] = {
+    "lora": [],
+    "dora": [],
+    "dylora": ["--network_args", "unit=2"],
+    "lora_fa": [],
+    "oft": ["--network_alpha=1e-2", "--network_args", "enable_all_linear=true"],
+}
 
 
 def drawn_share(folder: Path, *flags: str) -> float:
@@ -47,8 +57,11 @@ def drawn_share(folder: Path, *flags: str) -> float:
     return float(np.mean(shares))
 
 
-def before_and_after(folder: Path, *, seed: int, steps: int, kind: str = "lora") -> tuple[float, float]:
-    """Shares without and with what was trained for `steps` with `seed`: a LoRA, or the whole model ("full", "bf16")."""
+def share_after(folder: Path, *, seed: int, steps: int, kind: str = "lora", more: Sequence[str] = ()) -> float:
+    """The share with what was trained for `steps` with `seed`: a network, or the whole model ("full", "bf16").
+
+    more: flags of the training script on top.
+    """
     import shutil
 
     import sdxl_train
@@ -58,15 +71,17 @@ def before_and_after(folder: Path, *, seed: int, steps: int, kind: str = "lora")
     shutil.copytree(ROOT / "demo" / "dataset", dataset, ignore=shutil.ignore_patterns("*.npz"))
     arguments = [f"--train_data_dir={dataset}", f"--seed={seed}", f"--output_dir={folder / 'out'}"]
     arguments += [f"--max_train_steps={steps}", "--output_name=zxq"]
-    if kind == "lora":
-        code = sdxl_train_network.main([f"--config_file={ROOT / 'demo' / 'lora.toml'}", *arguments])
-        drawn = ["--network_module=networks.lora", f"--network_weights={folder / 'out' / 'zxq.safetensors'}"]
+    if kind in NETWORKS:
+        module = f"--network_module=networks.{kind}"
+        settings = [f"--config_file={ROOT / 'demo' / 'lora.toml'}", module, *NETWORKS[kind]]
+        code = sdxl_train_network.main([*settings, *arguments, *more])
+        drawn = [module, f"--network_weights={folder / 'out' / 'zxq.safetensors'}"]
     else:
-        code = sdxl_train.main([*FULL, *(BF16 if kind == "bf16" else []), *arguments])
+        code = sdxl_train.main([*FULL, *(BF16 if kind == "bf16" else []), *arguments, *more])
         drawn = [f"--ckpt={folder / 'out' / 'zxq.safetensors'}"]
     if code:
         raise SystemExit("training failed")
-    return drawn_share(folder / "before"), drawn_share(folder / "after", *drawn)
+    return drawn_share(folder / "after", *drawn)
 
 
 def main() -> None:
@@ -74,14 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
-    parser.add_argument("--kind", choices=["lora", "full", "bf16"], default="lora", help="what is trained")
-    arguments = parser.parse_args()
+    parser.add_argument("--kind", choices=[*NETWORKS, "full", "bf16"], default="lora", help="what is trained")
+    arguments, more = parser.parse_known_args()
     from benchmarks._machine import machine_class
 
-    print(f"{arguments.kind}, {arguments.steps} steps on {machine_class()}")
+    print(" ".join([f"{arguments.kind}, {arguments.steps} steps on {machine_class()}", *more]))
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            before, after = before_and_after(Path(folder), seed=seed, steps=arguments.steps, kind=arguments.kind)
+            before = drawn_share(Path(folder, "before"))
+            after = share_after(Path(folder), seed=seed, steps=arguments.steps, kind=arguments.kind, more=more)
         print(f"seed {seed}: before {before:.4f}, after {after:.4f}", flush=True)
 
 

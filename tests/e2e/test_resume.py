@@ -25,8 +25,7 @@ def _flat(name, value):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 3)])
 def test_thirteen_steps_and_seventeen_resumed_equal_thirty(train, workers, accumulation):
     flags = [
         "--max_train_steps=30",
