@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -181,9 +182,10 @@ def test_a_missing_seed_is_random_and_leaves_the_global_generator_alone(bundle):
 
 @pytest.fixture(scope="module")
 def lora_file(bundle, tmp_path_factory):
-    """A LoRA on all three parts whose up weights are noise."""
+    """A LoRA on all three parts and on convolutions whose up weights are noise."""
     g = torch.Generator().manual_seed(0)
-    network = lora.create(adapter_roots(bundle), dim=4, alpha=4, generator=g)
+    args = {"conv_dim": "2", "conv_alpha": "1.5"}
+    network = lora.create(adapter_roots(bundle), dim=4, alpha=3, generator=g, args=args)
     for adapter in network.adapters.values():
         torch.nn.init.normal_(adapter.lora_up.weight, std=0.05, generator=g)
     path = tmp_path_factory.mktemp("lora") / "noise.safetensors"
@@ -248,16 +250,26 @@ def test_merged_networks_give_the_picture_that_applied_ones_give(bundle, lora_fi
             part.load_state_dict({name: weights[f"{id(part)}.{name}"] for name in part.state_dict()})
 
 
-def test_diffusers_makes_the_same_picture_of_our_network(bundle, pipeline, lora_file):
+def test_diffusers_makes_the_same_picture_of_our_network_live_and_fused(bundle, pipeline, lora_file):
     pipeline.scheduler = SCHEDULERS["euler"]()
+    noise = start_noise([torch.Generator().manual_seed(1)], (4, 16, 16))
+    settings = {"width": 128, "height": 128, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
+
+    def theirs():
+        return (pipeline(prompt=RED.prompt, negative_prompt="", latents=noise, **settings).images[0] * 255).round()
+
     pipeline.load_lora_weights(lora_file.parent, weight_name=lora_file.name)
     (network,) = load_networks(bundle, modules=["networks.lora"], weights=[str(lora_file)])
     try:
         (ours,) = pictures(bundle, [RED])
-        noise = start_noise([torch.Generator().manual_seed(1)], (4, 16, 16))
-        settings = {"width": 128, "height": 128, "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "np"}
-        theirs = pipeline(prompt=RED.prompt, negative_prompt="", latents=noise, **settings).images[0]
-        assert difference(ours, (theirs * 255).round()) < SAME
+        assert difference(ours, theirs()) < SAME
+        pipeline.fuse_lora()
+        assert not any(isinstance(layer, peft.tuners.lora.LoraLayer) and not layer.merged
+                       for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+                       for layer in part.modules())  # fmt: skip
+        assert difference(ours, theirs()) < SAME
+        pipeline.unfuse_lora()
     finally:
         network.detach()
         pipeline.unload_lora_weights()
+    assert difference(ours, pictures(bundle, [RED])[0]) > 1
