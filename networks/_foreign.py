@@ -21,6 +21,7 @@ from library.errors import UserError
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger
 from networks._block_weights import block_factor
+from networks._foreign_files import refuse_unreadable
 
 logger = get_logger(__name__)
 
@@ -290,6 +291,7 @@ def create_from_weights(
     name = module.__name__
     if not hasattr(module, "create_network_from_weights"):
         raise UserError(f"{name} cannot build a network from a file", "--network_module", "choose another module")
+    refuse_unreadable(name, path)
     with _own_failures(name, f"--network_weights {path}"), untouched_settings(module):
         made = module.create_network_from_weights(
             multiplier, path, host.vae, host.text_encoders, host.unet, for_inference=for_inference, **(args or {})

@@ -136,8 +136,9 @@ def _underscored(lora: LoraFile, naming: Naming) -> Converted:
     bare = sum(ALPHA not in tails and DOWN in tails for tails in lora.modules.values())
     if bare and not lora.dotted:
         notes.append(f"{bare} modules have no alpha, here as there: readers take the rank")
-    elif lora.dotted and not recorded and PEFT_HEADER not in lora.metadata and bare:
-        notes.append(f"the file says nothing about alpha of {bare} modules: written as their rank")
+    unsaid = sum(not lora.says_alpha(module) for module, tails in lora.modules.items() if DOWN in tails)
+    if lora.dotted and not recorded and unsaid:
+        notes.append(f"the file says nothing about alpha of {unsaid} modules: written as their rank")
     return Converted(LazyTensors(makers), metadata, notes)
 
 

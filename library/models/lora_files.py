@@ -69,6 +69,11 @@ class LoraFile:
         """Rows of the module's down weight."""
         return shape_of(self.source, self.modules[module][DOWN])[0]
 
+    def says_alpha(self, module: LoraModule) -> bool:
+        """Whether a tensor or the header of the file (or the folder's configuration) decides alpha."""
+        config = self._configs.get(DOTTED_PREFIXES[module.part], {})
+        return ALPHA in self.modules[module] or "lora_alpha" in config
+
     def alpha(self, module: LoraModule) -> float:
         """The alpha in force: the file's tensor, else what its header says, else the rank."""
         key = self.modules[module].get(ALPHA)
