@@ -254,11 +254,17 @@ def _refuse_foreign(tensors: Mapping[str, Tensor], where: str, form: FileFormat)
             )
         if tail in FOREIGN_KINDS:
             raise UserError(f"it is {FOREIGN_KINDS[tail]} file, which {form.kinds[0]} cannot read", where, _WAY_OUT)
+        if tail == OFT.mark and module.startswith("lora_"):
+            raise UserError(
+                "it is an OFT of LyCORIS (diag-oft or boft), which turns weights otherwise than networks.oft",
+                where,
+                "use network_module lycoris.kohya",
+            )
         if any(mark in key for mark in PEFT_MARKS):
             raise UserError(
-                "it is a LoRA in the layout of diffusers or PEFT, which is not supported here",
+                "it is a LoRA in the layout of diffusers or PEFT, which is not read here",
                 where,
-                "convert it to sd-scripts' layout (lora_unet_….lora_down.weight) first",
+                "convert it with tools/convert_lora.py --to sd-scripts",
             )
         if module in ("model", "conditioner", "first_stage_model", "cond_stage_model"):
             raise UserError("it is a whole checkpoint, not a LoRA", where, "give it as the model, not as a network")

@@ -135,6 +135,16 @@ TRAINER_CASES = [
         "networks.oft adapts the U-Net only",
     ),
     (
+        "lycoris_algorithms_work",
+        {"network_module": "lycoris.kohya", "network_args": ["algo=DyLoRA"]},
+        "dylora of LyCORIS does not read its weights back",
+    ),
+    (
+        "lycoris_algorithms_work",
+        {"network_module": "lycoris.kohya", "network_args": ["algo=tlora"]},
+        "tlora of LyCORIS fails on convolutions",
+    ),
+    (
         "dora_reads_the_base",
         {"network_module": "networks.dora", "fp8_base": True, "mixed_precision": "bf16"},
         "networks.dora cannot be used with fp8_base",
@@ -277,6 +287,7 @@ def test_every_rule_has_a_case():
         {"fused_optimizer_groups": 0, "max_grad_norm": 1.0},
         {"cache_latents": True, "flip_aug": True},
         {"scale_weight_norms": 0, "network_module": "networks.oft"},
+        {"network_module": "lycoris.kohya", "network_args": ["algo=tlora", "preset=attn-mlp"]},
         {"scale_weight_norms": 1.0, "network_module": "networks.dora"},
         {"network_module": "networks.oft", "fp8_base": True, "mixed_precision": "bf16"},
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "network_args": ["target_rules=attn1 -> dim=8"]},

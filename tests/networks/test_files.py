@@ -124,6 +124,7 @@ def problem(roots, tensors):
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "1.x or 2.x"),
         ("lora_unet_middle_block_1_proj_in.dora_scale", "DoRA"),
         ("lora_unet_middle_block_1_proj_in.hada_w1_a", "LoHa"),
+        ("lora_unet_middle_block_1_proj_in.oft_blocks", "OFT of LyCORIS"),
         ("lora_unet_middle_block_1_proj_in.lora_mid.weight", "Tucker"),
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "diffusers or PEFT"),
         ("model.diffusion_model.out.2.weight", "whole checkpoint"),

@@ -1,25 +1,29 @@
 """lycoris.kohya on this suite's U-Net: sd-scripts' names, every algorithm trains, resumes, and its file reads back."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.kohya_view import text_encoder_view, unet_view
-from networks import _foreign
+from networks import _foreign, dylora, lora, lora_fa
 from networks._foreign_args import unread_args
-from networks.lora import create as create_lora
+from tests.networks.parts import filled, make_roots, predict, unet_inputs
 
 kohya = pytest.importorskip("lycoris.kohya")
 
 # Two linears and two convolutions, so that every algorithm is quick; `re.match` on sd-scripts' paths.
+LINEARS = ["input_blocks.4.1.transformer_blocks.0.attn1.to_q", "input_blocks.4.1.proj_out"]
+CONVOLUTIONS = ["input_blocks.1.0.in_layers.2", "output_blocks.3.0.skip_connection"]
+NORMS = ["input_blocks.4.1.norm", "input_blocks.4.1.transformer_blocks.0.norm1"]
 PRESET = """
 enable_conv = true
 unet_target_module = []
-unet_target_name = ["input_blocks.4.1.transformer_blocks.0.attn1.to_q", "input_blocks.4.1.proj_out",
-                    "input_blocks.1.0.in_layers.2", "output_blocks.3.0.skip_connection"]
+unet_target_name = {names}
 text_encoder_target_module = []
 """
 LAYERS = {
@@ -27,6 +31,8 @@ LAYERS = {
     "down_blocks.1.attentions.0.proj_out": (2, 5, 64),
     "down_blocks.0.resnets.0.conv1": (2, 32, 6, 6),
     "up_blocks.1.resnets.0.conv_shortcut": (2, 144, 6, 6),
+    "down_blocks.1.attentions.0.norm": (2, 64, 6, 6),
+    "down_blocks.1.attentions.0.transformer_blocks.0.norm1": (2, 5, 64),
 }
 ALGORITHMS = {
     "lora": {"algo": "lora"},
@@ -39,14 +45,22 @@ ALGORITHMS = {
     "boft": {"algo": "boft"},
     "glora": {"algo": "glora"},
     "ia3": {"algo": "ia3"},
+    "norms too": {"algo": "lora", "train_norm": "True"},
+    "rs and a scalar": {"algo": "lora", "rs_lora": "True", "use_scalar": "True"},
+    "dora on inputs": {"algo": "lora", "dora_wd": "True", "wd_on_output": "False"},
+    "tlora": {"algo": "tlora"},
 }
+
+
+def names_of(algo):
+    """What an algorithm is tried on: tlora's convolutions do not work in 4.1.3."""
+    return LINEARS if algo == "tlora" else LINEARS + CONVOLUTIONS + (NORMS if algo == "norms too" else [])
 
 
 @pytest.fixture
 def preset(tmp_path) -> Path:
-    path = tmp_path / "few.toml"
-    path.write_text(PRESET)
-    return path
+    """Where the next network's preset is written."""
+    return tmp_path / "few.toml"
 
 
 def host_on(unet):
@@ -57,6 +71,7 @@ def built(tiny_unet, preset, algo):
     """(a copy of the U-Net, a network of few layers on it), always with the same initial weights."""
     unet = copy.deepcopy(tiny_unet).requires_grad_(False)
     torch.manual_seed(5)
+    preset.write_text(PRESET.format(names=json.dumps(names_of(algo))))
     args = {**ALGORITHMS[algo], "preset": str(preset), "warn_on_unmatched": ""}
     network = _foreign.create(kohya, host_on(unet), dim=4, alpha=2.0, dropout=None, args=args)
     network.apply(text_encoders=False, unet=True)
@@ -69,7 +84,7 @@ def optimizer_of(network):
 
 
 def outputs(unet, seed=9):
-    """What the four layers make of random inputs."""
+    """What the layers make of random inputs."""
     g = torch.Generator().manual_seed(seed)
     found = [unet.get_submodule(path)(torch.randn(shape, generator=g)) for path, shape in LAYERS.items()]
     return torch.cat([out.flatten() for out in found])
@@ -88,7 +103,7 @@ def test_names_are_sd_scripts_names_with_the_default_preset(tiny_roots):
     host = _foreign.Host([text_encoder_view(te1), text_encoder_view(te2)], unet_view(unet), None)
     network = _foreign.create(kohya, host, dim=4, alpha=1.0, dropout=None, args={"warn_on_unmatched": ""})
     names = [unit.lora_name for unit in network.units]
-    ours = create_lora(tiny_roots, dim=1, alpha=1, args={"conv_dim": "1"}).adapters
+    ours = lora.create(tiny_roots, dim=1, alpha=1, args={"conv_dim": "1"}).adapters
     assert len(names) == len(set(names)) and set(names) == set(ours)
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q" in names
     assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in names
@@ -159,12 +174,46 @@ def test_the_file_of_each_algorithm_gives_the_same_output_live_and_added(tiny_un
         with pytest.raises(UserError, match=r"lycoris\.kohya failed with TypeError"):  # its own defect in 4.1.3
             _foreign.create_from_weights(kohya, host_on(fresh), path)
         return
+    if algo == "dora on inputs":
+        with pytest.raises(UserError, match="magnitudes of inputs"):
+            _foreign.create_from_weights(kohya, host_on(fresh), path)
+        return
     loaded = _foreign.create_from_weights(kohya, host_on(fresh), path, for_inference=True)
     merged = added(loaded, fresh, tiny_unet)
     loaded.attach()
-    assert len(loaded.units) == 4
+    assert len(loaded.units) == len(names_of(algo))
     assert torch.allclose(outputs(fresh), trained, atol=1e-5)
     assert torch.allclose(outputs(merged), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", ["lora", "rs and a scalar"])
+def test_our_own_kind_reads_the_loras_of_lycoris(tiny_unet, preset, algo, tmp_path):
+    unet, network = built(tiny_unet, preset, algo)
+    steps(unet, optimizer_of(network), [0, 1])
+    path = tmp_path / "net.safetensors"
+    network.network.save_weights(str(path), None, {})
+    fresh = copy.deepcopy(tiny_unet)
+    read = lora.create_from_weights(make_roots(fresh), load_file(path)).eval().attach()
+    assert len(read.adapters) == 4
+    assert torch.allclose(outputs(fresh), outputs(unet), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [lora, lora_fa, dylora])
+def test_lycoris_reads_our_loras(tiny_roots, tiny_unet, kind, tmp_path):
+    g = torch.Generator().manual_seed(4)
+    network = filled(kind.create(tiny_roots, dim=4, alpha=2.0, args={"conv_dim": "4"}, generator=g).eval(), size=0.05)
+    save_file(network.export()[0], tmp_path / "ours.safetensors")
+    base, models = predict(tiny_unet, unet_inputs()), [copy.deepcopy(root.module) for root in tiny_roots]
+    network.attach()
+    wanted = predict(tiny_unet, unet_inputs())
+    network.detach()
+    te1, te2, unet = models
+    host = _foreign.Host([text_encoder_view(te1), text_encoder_view(te2)], unet_view(unet), None)
+    read = _foreign.create_from_weights(kohya, host, str(tmp_path / "ours.safetensors"), for_inference=True)
+    assert len(read.units) == len(network.adapters)
+    read.attach()
+    assert (wanted - base).abs().max() > 0.01
+    assert (predict(unet, unet_inputs()) - wanted).abs().max() < 1e-4
 
 
 def test_settings_of_one_network_do_not_reach_the_next(tiny_unet, preset):
