@@ -168,6 +168,12 @@ def check_fit(adapters: Mapping[str, nn.Module], modules: Mapping[str, Mapping[s
             )
 
 
+def check_module(values: Mapping[str, Tensor], target: Target, *, where: str, form: FileFormat) -> None:
+    """Raise UserError unless one module's tensors are all that `form` has, finite, and of the target's widths."""
+    _check_complete(target.name, values, where, form)
+    check_widths({target.name: target}, {target.name: values}, where=where)
+
+
 def check_widths(targets: Mapping[str, Target], modules: Mapping[str, Mapping[str, Tensor]], *, where: str) -> None:
     """Raise UserError unless the tensors have the widths of the modules that they name."""
     for name, values in modules.items():

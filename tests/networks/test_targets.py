@@ -3,7 +3,9 @@
 from collections import Counter
 
 import pytest
+from torch import nn
 
+from library.models.kohya_view import text_encoder_view, unet_view
 from networks import lora
 
 
@@ -56,6 +58,33 @@ def expected_text_names() -> set[str]:
 def test_full_size_lora_has_722_unet_and_72_and_192_text_modules(full_network):
     assert [full_network.count(part) for part in ("unet", "te1", "te2")] == [722, 72, 192]
     assert set(full_network.adapters) == expected_attention_names() | expected_text_names()
+
+
+def walked(prefix: str, model: nn.Module, classes: set[str]) -> list[str]:
+    """The names that an sd-scripts network module makes: it knows parents by their class's name, layers by theirs."""
+    names = []
+    for path, parent in model.named_modules():
+        if type(parent).__name__ in classes:
+            for below, layer in parent.named_modules():
+                if type(layer).__name__ in ("Linear", "Conv2d"):
+                    names.append(f"{prefix}.{path}.{below}".replace(".", "_"))
+    return names
+
+
+def test_a_third_party_module_finds_sd_scripts_modules_under_sd_scripts_names(full_roots):
+    te1, te2, unet = (root.module for root in full_roots)
+    view, plain = unet_view(unet), {"Transformer2DModel"}
+    assert sorted(walked("lora_unet", view, plain)) == sorted(expected_attention_names())
+    wide = plain | {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
+    assert sorted(walked("lora_unet", view, wide)) == sorted(expected_attention_names() | expected_conv_names())
+    text = {"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"}
+    names = [
+        name for number, te in ((1, te1), (2, te2)) for name in walked(f"lora_te{number}", text_encoder_view(te), text)
+    ]
+    assert sorted(names) == sorted(expected_text_names()) and len(names) == 72 + 192
+    assert len(walked("oft_unet", view, {"CrossAttention"})) == 560
+    inner = {path for path, layer in view.named_modules() if type(layer).__name__ == "BasicTransformerBlock"}
+    assert len(inner) == 70 and "middle_block.1.transformer_blocks.9" in inner
 
 
 def test_conv_dim_makes_788_unet_modules_named_as_sd_scripts_names_them(full_network_with_conv):

@@ -10,10 +10,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file
 
 import sdxl_gen_img
+from library.inference.adapters import adapter_roots
+from library.inference.lora_tools import merge_model
 from library.io.safetensors_file import TensorReader
-from library.models.checkpoint import save_diffusers
+from library.models.checkpoint import load_bundle, save_diffusers
+from tests.networks.test_contract import create, trained
 from tests.tools.reference import merged, modules_of
 from tools import merge_lora
 
@@ -123,6 +127,66 @@ def test_tensors_are_read_one_at_a_time(base, few, tmp_path, monkeypatch):
     run(base, [few], [1], tmp_path / "out.safetensors")
     assert peak[1] >= len(load_file(base))
     assert 1 <= peak[0] <= 5
+
+
+STRENGTHS = {"dora": 0.7, "dora on inputs": 0.4, "oft": 0.8, "dylora": -0.5, "lora_fa": 0.6}
+
+
+def test_every_kind_merged_predicts_what_all_of_them_predict_live(tiny, base, tmp_path):
+    networks, paths = [], []
+    for kind, strength in STRENGTHS.items():
+        network = trained(create(kind, adapter_roots(tiny))[1], size=0.02).eval()
+        network.set_multiplier(strength)
+        paths.append(tmp_path / f"{kind}.safetensors")
+        save_file(network.export()[0], paths[-1])
+        networks.append(network)
+    out = tmp_path / "out.safetensors"
+    assert run(base, paths, STRENGTHS.values(), out) == 0
+    merged_bundle = load_bundle(str(out))
+    plain = whole_outputs(tiny)
+    for network in networks:
+        with torch.no_grad():
+            assert max(float(adapter.delta_weight().norm()) for adapter in network.adapters.values()) > 0.1
+        network.attach()
+    try:
+        live = whole_outputs(tiny)
+    finally:
+        for network in networks:
+            network.detach()
+    for one, other, before in zip(whole_outputs(merged_bundle), live, plain, strict=True):
+        assert (other - before).abs().max() > 0.01
+        assert (one - other).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def whole_outputs(bundle):
+    """The prediction for one input, and the hidden states of both text encoders."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 900, (1, 77), generator=g)
+    hidden = [te(ids, output_hidden_states=True).hidden_states[-2]
+              for te in (bundle.text_encoder_1, bundle.text_encoder_2)]  # fmt: skip
+    config = bundle.unet.config
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    told = {"text_embeds": torch.randn(1, width, generator=g), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+    noise, context = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 7, config.cross_attention_dim, generator=g)
+    return [bundle.unet(noise, 500, context, added_cond_kwargs=told).sample, *hidden]
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_other_kinds_are_checked_before_anything_is_computed(kind, tiny, base, tmp_path, capsys, monkeypatch):
+    tensors = create(kind, adapter_roots(tiny))[1].export()[0]
+    name, (own, wider) = "unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", {
+        "dora": ("lora_down.weight", torch.zeros(4, 768)),
+        "oft": ("oft_blocks", torch.zeros(4, 80, 80)),
+    }[kind]  # fmt: skip
+    (key,) = (key for key in tensors if key.endswith(f"{name}.{own}"))
+    monkeypatch.setattr(merge_model, "save", lambda *_, **__: pytest.fail("it was computed"))
+    path = tmp_path / "other.safetensors"
+    for changed, says in ((tensors | {key: wider}, f"{key} has shape"),
+                          ({k: v for k, v in tensors.items() if k != key}, f'"{key}" is missing')):  # fmt: skip
+        save_file(changed, path)
+        assert run(base, [path], [1], tmp_path / "out.safetensors") == 2
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.e2e

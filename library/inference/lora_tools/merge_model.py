@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from types import ModuleType
 
@@ -30,6 +30,7 @@ from library.models.prediction import Stated
 from library.models.tensors import joined
 from library.plugins import load_plugin
 from networks._block_weights import block_factor
+from networks._files import check_module, format_of
 from networks._keys import AdapterRoot, Target
 
 log = get_logger(__name__)
@@ -118,6 +119,11 @@ class _OpenNetwork:
                 self.where,
                 "choose a network made for this kind of model",
             )
+        if not self._lora:
+            form = format_of(self._tensors)
+            for name, tails in self.keys.items():
+                values = {tail: self._tensors[key] for tail, key in tails.items()}
+                check_module(values, replace(targets[name], name=spelled_as[name]), where=self.where, form=form)
         if unknown:
             shown = ", ".join(unknown[:_SHOWN])
             log.warning("%s: %d modules are not in this model and are left out (%s)", self.where, len(unknown), shown)
