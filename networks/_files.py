@@ -262,7 +262,7 @@ def _refuse_foreign(tensors: Mapping[str, Tensor], where: str, form: FileFormat)
             raise UserError(f"it is {FOREIGN_KINDS[tail]} file, which {form.kinds[0]} cannot read", where, _WAY_OUT)
         if tail == OFT.mark and module.startswith("lora_"):
             raise UserError(
-                "it is an OFT of LyCORIS (diag-oft or boft), which turns weights otherwise than networks.oft",
+                "it is an OFT of LyCORIS (diag-oft or boft), whose blocks are bound in another way than those of networks.oft",
                 where,
                 "use network_module lycoris.kohya",
             )

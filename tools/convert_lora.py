@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,9 +43,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Convert one file; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    from library.data.progress import progress_bar
     from library.models.lora_tool import run
 
-    return run(arguments)
+    return run(arguments, bar=partial(progress_bar, title="convert", unit="read", delay=2.0))
 
 
 if __name__ == "__main__":

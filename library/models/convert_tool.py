@@ -22,13 +22,17 @@ from library.models.assemble import empty_module, position_id_keys
 from library.models.bundle import ModelBundle
 from library.models.opened import LOGIT_SCALE, open_model
 from library.models.prediction import MARKERS, ZERO_SNR_MARKER
+from library.models.tensors import Bars, Watched, no_bar
 from library.models.tokenizers import load_tokenizer
 
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Convert `arguments.model_to_load` to `arguments.model_to_save`; prints what was done and what was left out."""
+def run(arguments: argparse.Namespace, *, bar: Bars = no_bar) -> int:
+    """Convert `arguments.model_to_load` to `arguments.model_to_save`; prints what was done and what was left out.
+
+    bar: shows the progress over all reads of tensors.
+    """
     asked = {name for name in DTYPES if getattr(arguments, name)} | {arguments.save_precision_as} - {None}
     if len(asked) > 1:
         raise UserError(f"several precisions are asked for: {', '.join(sorted(asked))}", "the flags", "choose one")
@@ -42,9 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("the result would take the place of its source", str(target), "choose another name")
     if not as_file and target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
         raise UserError("the folder holds other things than a model", str(target), "name a new folder")
-    notes = convert(
-        source, target, dtype=dtype, half=arguments.variant == "fp16", metadata=_metadata(arguments.metadata)
-    )
+    metadata = _metadata(arguments.metadata)
+    notes = convert(source, target, dtype=dtype, half=arguments.variant == "fp16", metadata=metadata, bar=bar)
     print(f"{arguments.model_to_load} -> {target} ({'single file' if as_file else 'diffusers folder'})")
     for note in notes:
         print(f"note: {note}")
@@ -52,7 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def convert(
-    source: Path, target: Path, *, dtype: torch.dtype | None, half: bool = False, metadata: Mapping[str, str]
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    half: bool = False,
+    metadata: Mapping[str, str],
+    bar: Bars = no_bar,
 ) -> list[str]:
     """Write the model of `source` (file or folder) as a single file or, without `.safetensors`, as a folder.
 
@@ -63,7 +72,10 @@ def convert(
         model = open_model(source, half=half, mmap=False, stack=stack, where=str(source))
         identify.require_parts(model.arch, PARTS, where=str(source))
         modules = {part: empty_module(model.arch, part) for part in PARTS}
-        states = {part: model.tensors(part, module) for part, module in modules.items()}
+        stored = {part: model.tensors(part, module) for part, module in modules.items()}
+        # Twice: a writer asks for shapes, then for bytes.
+        shown = stack.enter_context(bar(2 * sum(map(len, stored.values()))))
+        states = {part: Watched(tensors, shown.update, reads=2) for part, tensors in stored.items()}
         kept = diffusers_folder.read_metadata(source) if source.is_dir() else model.metadata
         header = {key: value for key, value in kept.items() if key != "format"} | dict(metadata)
         bundle = ModelBundle(

@@ -20,7 +20,7 @@ from library.models.keymaps.lora import DOTTED_PREFIXES, Naming
 from library.models.keymaps.text import TEXT_MODEL
 from library.models.lora_convert import MAGNITUDE, Converted, convert, peft_configs
 from library.models.lora_files import PEFT_HEADER, LoraFile, read_lora
-from library.models.tensors import RenamedTensors
+from library.models.tensors import Bars, RenamedTensors, Watched, no_bar
 
 NAMINGS: dict[str, Naming] = {
     "sd-scripts": "sd-scripts",
@@ -32,10 +32,14 @@ NAMINGS: dict[str, Naming] = {
 }
 _PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_START = "base_model.model."
+_READS = 2  # a tensor is asked for its shape and for its bytes
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Convert `arguments.model` to `arguments.save_to`; prints what was done and what changed its place."""
+def run(arguments: argparse.Namespace, *, bar: Bars = no_bar) -> int:
+    """Convert `arguments.model` to `arguments.save_to`; prints what was done and what changed its place.
+
+    bar: shows the progress over all reads of tensors.
+    """
     source, target = Path(arguments.model), Path(arguments.save_to)
     naming = NAMINGS[arguments.to]
     if arguments.fold_alpha and naming != "diffusers":
@@ -48,13 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
         lora = open_lora(source, stack)
         done = convert(lora, naming, fold_alpha=arguments.fold_alpha)
         if arguments.to == "peft":
-            _write_peft(target, lora, done, folded=arguments.fold_alpha)
+            _write_peft(target, lora, done, folded=arguments.fold_alpha, bar=bar)
         else:
             metadata = dict(done.metadata)
-            if naming != "diffusers" and any(key.startswith("ss_") for key in metadata):
-                names = ("sshs_model_hash", "sshs_legacy_hash")
-                metadata |= zip(names, network_hashes(done.tensors, metadata), strict=True)
-            save(done.tensors, target, metadata, checked=True)
+            hashed = naming != "diffusers" and any(key.startswith("ss_") for key in metadata)
+            reads = _READS * (1 + hashed)
+            with bar(len(done.tensors) * reads) as shown:
+                tensors = Watched(done.tensors, shown.update, reads=reads)
+                if hashed:
+                    names = ("sshs_model_hash", "sshs_legacy_hash")
+                    metadata |= zip(names, network_hashes(tensors, metadata), strict=True)
+                save(tensors, target, metadata, checked=True)
         print(f"{len(lora.modules)} modules, {len(done.tensors)} tensors: {source} -> {target} ({arguments.to})")
         for note in done.notes:
             print(f"note: {note}")
@@ -84,20 +92,21 @@ def open_lora(path: Path, stack: ExitStack) -> LoraFile:
     return read_lora(RenamedTensors(places), metadata, where=str(path), configs=configs)
 
 
-def _write_peft(target: Path, lora: LoraFile, done: Converted, *, folded: bool) -> None:
+def _write_peft(target: Path, lora: LoraFile, done: Converted, *, folded: bool, bar: Bars) -> None:
     """One adapter folder per part, each for `PeftModel.from_pretrained(model, folder)` with today's classes."""
     metadata = {key: value for key, value in done.metadata.items() if key != PEFT_HEADER}
-    with atomic_folder(target) as folder:
+    with bar(len(done.tensors) * _READS) as shown, atomic_folder(target) as folder:
+        tensors = Watched(done.tensors, shown.update, reads=_READS)
         for part, config in peft_configs(lora, folded=folded).items():
             head = DOTTED_PREFIXES[part] + "."
-            places = {}
-            for key in done.tensors:
+            places: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+            for key in tensors:
                 if key.startswith(head):
                     path = key.removeprefix(head)
                     # transformers 5 leaves text_model. out of the first text encoder's modules.
                     path = path.removeprefix(TEXT_MODEL) if part == "te1" else path
                     path = path.replace(f".{MAGNITUDE}.weight", f".{MAGNITUDE}")
-                    places[_PEFT_START + path] = (done.tensors, key)
+                    places[_PEFT_START + path] = (tensors, key)
             own = folder / DOTTED_PREFIXES[part]
             own.mkdir()
             save(RenamedTensors(places), own / _PEFT_WEIGHTS, metadata, checked=True)

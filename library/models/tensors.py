@@ -1,11 +1,49 @@
 """Lazy views of named tensors: shapes without reading, other names, several files as one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
 from library.io.safetensors_file import TensorReader
 from library.models.arch import Shape
+
+# A progress bar of so many units whose `update(n)` is called; the tools at the command line have one.
+Bars = Callable[[int], AbstractContextManager[Any]]
+
+
+class _Silent:
+    def update(self, count: int) -> None:
+        """Nothing is shown."""
+
+
+def no_bar(total: int) -> AbstractContextManager[Any]:
+    """For callers that show no progress."""
+    return nullcontext(_Silent())
+
+
+class Watched(Mapping[str, Tensor]):
+    """The same tensors; `told(1)` is called when one of them is asked for, at most `reads` times for each."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], told: Callable[[int], object], *, reads: int) -> None:
+        self._tensors, self._told = tensors, told
+        self._left = dict.fromkeys(tensors, reads)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._left.get(name):
+            self._left[name] -= 1
+            self._told(1)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
 
 class RenamedTensors(Mapping[str, Tensor]):

@@ -1,6 +1,7 @@
 """Single file to diffusers folder and back: every tensor, the header and the prediction type survive."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.models import checkpoint
+from library.models.convert_tool import convert
 from tools.convert_checkpoint import main
 
 
@@ -111,3 +113,27 @@ def test_conversion_holds_a_few_tensors_at_a_time(tiny_path, tmp_path, monkeypat
     assert main(["tiny", str(tmp_path / "out.safetensors")]) == 0
     assert len(counts) > 1000
     assert max(counts) - before < 30
+
+
+class Counted:
+    """Stands in for a progress bar: how many units it was made for, and how many it was told."""
+
+    def __init__(self, total):
+        self.total, self.done = total, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *reason):
+        pass
+
+    def update(self, count):
+        self.done += count
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_bar_ends_where_it_should(tiny_path, tmp_path, kind):
+    bars = []
+    target = tmp_path / ("out.safetensors" if kind == "file" else "out")
+    convert(Path(tiny_path), target, dtype=None, metadata={}, bar=lambda total: bars.append(Counted(total)) or bars[0])
+    assert len(bars) == 1 and bars[0].total > 1000 and bars[0].done == bars[0].total

@@ -41,6 +41,9 @@ def test_the_kinds_have_the_modules_of_a_lora_with_unique_names(full_roots, modu
     assert [plain.count(part) for part in ("unet", "te1", "te2")] == [722 + 66, 72, 192]
     assert len(plain.adapters) == 986 + 66
     assert set(plain.adapters) == {target.name for target in default_targets(full_roots, with_conv=True)}
+    # These names are in ComfyUI's table (test_convert_lora.py); so must be what follows them (comfy/weight_adapter).
+    tails = {key.removeprefix("adapters.").partition(".")[2] for key in plain.state_dict()}
+    assert tails <= {"lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "dora_scale"}
 
 
 def test_shapes_of_dora_magnitudes_on_the_full_model(unet_root):
@@ -65,6 +68,8 @@ def test_oft_has_560_722_or_788_modules_of_the_unet(full_roots, args, count):
     network = oft.create(full_roots, dim=4, alpha=1e-3, args=args)
     assert len(network.adapters) == network.count("unet") == count
     assert all(name.startswith("oft_unet_") for name in network.adapters)
+    # ComfyUI has no name with oft_unet_, as sd-scripts writes it; docs/adapters.md says so.
+    assert {key.rpartition(".")[2] for key in network.state_dict()} == {"oft_blocks", "alpha"}
     blocks = network.state_dict()["adapters.oft_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.oft_blocks"]
     assert blocks.shape == (4, 160, 160)
     with pytest.raises(UserError, match="640 outputs, which 7 blocks do not divide"):

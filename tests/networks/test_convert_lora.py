@@ -1,8 +1,10 @@
 """LoRA files among sd-scripts', diffusers' and PEFT's names: nothing is lost, and other programs read them alike."""
 
 import json
+from argparse import Namespace
 from contextlib import ExitStack
 from copy import deepcopy
+from unittest.mock import MagicMock
 
 import peft
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models.keymaps.lora import LoraModule, parse_dotted, parse_underscored
 from library.models.lora_files import read_lora
-from library.models.lora_tool import open_lora
+from library.models.lora_tool import open_lora, run
 from networks import lora
 from networks._keys import default_targets
 from tests.networks.parts import FULL_UNET, filled, make_roots, make_text_encoders, make_unet, predict, unet_inputs
@@ -343,3 +345,15 @@ def _converted(tensors, metadata):
     from library.models.lora_convert import convert as convert_tensors
 
     return dict(convert_tensors(read_lora(tensors, metadata, where="test"), "sd-scripts").tensors.items())
+
+
+@pytest.mark.parametrize(("to", "reads"), [("diffusers", 2), ("sd-scripts-diffusers", 4), ("peft", 2)])
+def test_the_bar_ends_where_it_should(source, tensors, tmp_path, to, reads):
+    """Two reads of each tensor to write a file, two more for the hashes of a file that has them."""
+    bar = MagicMock()
+    arguments = Namespace(model=source, save_to=tmp_path / "out.safetensors", to=to, fold_alpha=False)
+    assert run(arguments, bar=bar) == 0
+    (total,), _ = bar.call_args
+    told = sum(call.args[0] for call in bar.return_value.__enter__.return_value.update.call_args_list)
+    written = len(tensors) - (0 if "sd" in to else sum(key.endswith("alpha") for key in tensors))
+    assert told == total == reads * written
