@@ -240,6 +240,10 @@ def _check_complete(name: str, values: Mapping[str, Tensor], where: str, form: F
                 where,
                 "the network broke while it was trained: use an earlier save of it",
             )
+        if tail == "alpha" and tensor.numel() != 1:
+            raise UserError(
+                f'"{name}.alpha" has shape {tuple(tensor.shape)}, and is one number', where, "get the file again"
+            )
         if tensor.ndim and not tensor.numel():
             raise UserError(
                 f'"{name}.{tail}" is empty, shape {tuple(tensor.shape)}: a rank of 0', where, "get the file again"
@@ -262,7 +266,7 @@ def _refuse_foreign(tensors: Mapping[str, Tensor], where: str, form: FileFormat)
             raise UserError(f"it is {FOREIGN_KINDS[tail]} file, which {form.kinds[0]} cannot read", where, _WAY_OUT)
         if tail == OFT.mark and module.startswith("lora_"):
             raise UserError(
-                "it is an OFT of LyCORIS (diag-oft or boft), whose blocks are bound in another way than those of networks.oft",
+                "it is an OFT of LyCORIS (diag-oft or boft), which networks.oft does not read",
                 where,
                 "use network_module lycoris.kohya",
             )

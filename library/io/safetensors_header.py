@@ -54,7 +54,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
     path = Path(path)
     raw, data_bytes = _read_raw_header(path)
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw, object_pairs_hook=_unique)
         metadata = entries.pop("__metadata__", {}) or {}
         spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
         tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
@@ -72,6 +72,15 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
             fix=_AGAIN,
         )
     return metadata, tensors
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object's entries; ValueError for a name that it has twice, of which readers would take either."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" is in it twice')
+    return found
 
 
 def _read_raw_header(path: Path) -> tuple[bytes, int]:

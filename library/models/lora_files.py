@@ -149,6 +149,9 @@ def _check_module(source: Mapping[str, Tensor], module: LoraModule, tails: Mappi
         tensor = source[key]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{key} holds values that are not finite (NaN or infinity)", where, "use an earlier save")
+    if ALPHA in tails and source[tails[ALPHA]].numel() != 1:
+        shape = shape_of(source, tails[ALPHA])
+        raise UserError(f"{tails[ALPHA]} has shape {shape}, and is one number", where, "get the file again")
     if DOWN not in tails and UP not in tails:
         return  # another kind of adapter, which can be renamed as it is
     for tail in (DOWN, UP):

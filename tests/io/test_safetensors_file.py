@@ -137,6 +137,12 @@ def _with_header(table: object) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _twice() -> bytes:
+    entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    text = f"{{{entry},{entry}}}".encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -153,6 +159,7 @@ def _with_header(table: object) -> bytes:
         (b"GGUF" + bytes(100), "GGUF"),
         (bytes(1000), "not a safetensors file"),
         (b"\xff" * 1000, "not a safetensors file"),
+        (_twice(), '"x" is in it twice'),
         (GOOD[:9] + b"\xff" * 5 + GOOD[14:], "corrupt"),
         (_with_header([1, 2]), "not a safetensors file"),
         (_with_header({"a": 3}), "corrupt"),

@@ -299,6 +299,7 @@ def run_in_memory(tensors, folder, to):
 
 BROKEN = {
     "not finite": {"lora_down.weight": torch.full((2, 4), float("nan")), "lora_up.weight": torch.ones(4, 2)},
+    "is one number": {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2), "alpha": torch.ones(2)},
     "rank 0": {"lora_down.weight": torch.ones(0, 4), "lora_up.weight": torch.ones(4, 0)},
     "do not fit": {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 3)},
     "has no lora_up": {"lora_down.weight": torch.ones(2, 4)},

@@ -160,6 +160,7 @@ def test_wrong_widths_wrong_ranks_and_incomplete_modules_are_named(tiny_roots, t
     [
         ({"lora_down.weight": torch.full((4, 80), torch.nan)}, "not finite"),
         ({"lora_up.weight": torch.full((80, 4), torch.inf)}, "not finite"),
+        ({"alpha": torch.ones(4)}, "shape (4,), and is one number"),
         ({"lora_down.weight": torch.zeros(0, 80), "lora_up.weight": torch.zeros(80, 0)}, "a rank of 0"),
     ],
 )

@@ -179,6 +179,12 @@ def test_oft_holds_the_norm_of_all_blocks_at_alpha_times_outputs():
     assert adapter.limit == 800.0
 
 
+@pytest.mark.parametrize(("alpha", "warns"), [(0.05, False), (0.2, True)])
+def test_oft_warns_of_a_bound_that_binds_nothing(tiny_roots, caplog, alpha, warns):
+    oft.create(tiny_roots, dim=4, alpha=alpha)
+    assert ("holds nothing back" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("make", [lora.LoraAdapter, lora_fa.LoraFaAdapter, dora.DoraAdapter, dylora.DyloraAdapter])
 @pytest.mark.parametrize("limit", [0.5, 1e6])
 def test_limiting_the_norm(module, make, limit):

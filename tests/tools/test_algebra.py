@@ -82,6 +82,13 @@ def test_dynamic_rules(method, param, rank):
 
 
 def test_dynamic_rules_at_the_edges():
+    fours = torch.tensor([4.0, 2.0, 1.0, 1.0])
+    for method, param, rank in (
+        ("sv_ratio", 1.0, 2),  # none is above the largest: held at 1, plus 1
+        ("sv_cumulative", 0.5, 2),  # 4 of 8 are just enough
+        ("sv_cumulative", 0.75, 3),
+    ):
+        assert dynamic_rank(fours, num_values=4, method=method, param=param, cap=9) == rank
     assert dynamic_rank(torch.tensor([1e-7, 0.0]), num_values=9, method="sv_fro", param=0.9, cap=8) == 1
     one = torch.tensor([3.0])
     assert dynamic_rank(one, num_values=40, method="sv_fro", param=0.5, cap=8) == 2  # never below 2

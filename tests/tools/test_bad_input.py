@@ -43,6 +43,19 @@ def test_nan(tool, base, few, tmp_path, capsys, changed):
 
 
 @pytest.mark.parametrize("tool", EVERY)
+def test_an_alpha_that_is_no_number(tool, base, few, tmp_path, capsys, changed):
+    path = changed(few, {f"{NAME}.alpha": torch.ones(4)})
+    assert f"{NAME}.alpha has shape (4,)" in refused(tool, base, path, tmp_path, capsys)
+
+
+def test_a_missing_alpha_is_told_once(base, few, tmp_path, capsys, changed):
+    path = changed(few, {key: None for key in load_file(few) if key.endswith(".alpha")})
+    assert into_checkpoint(base, path, tmp_path / "out.safetensors") == 0
+    said = capsys.readouterr().err
+    assert said.count("no alpha") == 1
+
+
+@pytest.mark.parametrize("tool", EVERY)
 def test_rank_0(tool, base, few, tmp_path, capsys, changed):
     path = changed(few, {f"{NAME}.lora_down.weight": torch.zeros(0, 80), f"{NAME}.lora_up.weight": torch.zeros(80, 0)})
     assert f"{NAME} has rank 0" in refused(tool, base, path, tmp_path, capsys)

@@ -1,11 +1,15 @@
 """A LoRA extracted from base + known change is that change; of a full change it is the best of its rank."""
 
+import types
+
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from library.inference.lora_tools import extract
 from tests.tools.reference import deltas_of, merged, modules_of, places, relative
 from tools import extract_lora
 
@@ -73,6 +77,16 @@ def test_values_are_clamped_at_the_quantile_of_both_factors(base, tuned, recover
     assert "0.9 quantile" in capsys.readouterr().out
 
 
+def test_models_can_be_rounded_before_they_are_compared(base, tuned, tmp_path):
+    out = tmp_path / "out.safetensors"
+    run(base, tuned, out, "--dim", "80", "--clamp_quantile", "1", "--load_precision", "bf16")
+    name = "lora_unet_middle_block_1_proj_in"
+    before, after = (torch.from_numpy(load_file(path)[places(load_file(path))[name][0]]) for path in (base, tuned))
+    rounded = after.bfloat16().float() - before.bfloat16().float()
+    found = deltas_of(out)[name]
+    assert relative(found, rounded.numpy()) < 1e-4 < 1e-3 < relative(found, (after - before).numpy())
+
+
 def test_text_encoders_that_hardly_changed_are_left_out(base, tuned, first, tmp_path):
     largest = max(np.abs(delta).max() for name, delta in deltas_of(first).items() if "_te" in name)
     for factor, present in ((0.9, True), (1.1, False)):
@@ -80,6 +94,14 @@ def test_text_encoders_that_hardly_changed_are_left_out(base, tuned, first, tmp_
         run(base, tuned, out, "--dim", "1", "--min_diff", str(largest * factor))
         assert any("lora_te" in name for name in modules_of(out)) == present
         assert any("lora_unet" in name for name in modules_of(out))
+
+
+def test_a_weight_that_shrank_counts_as_one_that_grew():
+    text, unet = (types.SimpleNamespace(part=part) for part in ("te1", "unet"))
+    how = extract.Extraction(dim=1, min_diff=0.5)
+    for change, kept in ((-1.0, [text, unet]), (1.0, [text, unet]), (-0.5, [unet])):
+        pair = types.SimpleNamespace(how=how, delta=lambda target, change=change: torch.tensor([0.1, change]))
+        assert extract._without_equal_text(pair, [text, unet]) == kept
 
 
 def test_metadata(base, tuned, tmp_path):

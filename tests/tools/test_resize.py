@@ -25,6 +25,7 @@ def test_a_fixed_rank_keeps_the_largest_values_and_the_strength(few, tmp_path, c
     out = tmp_path / "out.safetensors"
     assert run(few, out, "--new_rank", 2, "--new_conv_rank", 1) == 0
     before, after = modules_of(few), modules_of(out)
+    error = whole = 0.0
     for name, module in before.items():
         rank = 1 if is_4d(name) else 2
         assert len(after[name]["down"]) == rank
@@ -33,7 +34,11 @@ def test_a_fixed_rank_keeps_the_largest_values_and_the_strength(few, tmp_path, c
         exact = delta_of(module)
         left_out = np.sum(scipy.linalg.svdvals(exact)[rank:] ** 2)
         assert np.sum((delta_of(after[name]) - exact) ** 2) == pytest.approx(left_out, rel=1e-4, abs=1e-10)
-    assert "relative error" in capsys.readouterr().out
+        if "unet" in name:
+            error, whole = error + left_out, whole + np.sum(exact**2)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("U-Net"))
+    assert float(line.split()[2]) == pytest.approx(np.sqrt(whole), rel=1e-4)
+    assert float(line.split()[3]) == pytest.approx(np.sqrt(error / whole), rel=2e-3)
 
 
 def test_a_larger_rank_changes_nothing(few, tmp_path):

@@ -169,7 +169,7 @@ def _dylora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="DyLoRA file")
     parser.add_argument("--unit", type=int, required=True, help="step of the ranks to extract")
     _output(parser, "name to write; the ranks are added to it (name-0004.safetensors)")
-    text = "store alpha * sqrt(k / rank): the strength that training showed at rank k (default: alpha as it is)"
+    text = "for files of sd-scripts: store alpha * sqrt(k / rank), the strength that its training has at rank k"
     parser.add_argument("--scale_as_trained", action="store_true", help=text)
 
 

@@ -19,8 +19,9 @@ def extract_units(path: str, save_to: str, unit: int, *, as_trained: bool = Fals
     """Write the networks of rank unit, 2 unit, ... below the file's rank R, as <save_to's stem>-0004.safetensors.
 
     down[:k] and up[:, :k] of every module, in the file's dtype. alpha stays as it is, as in sd-scripts, so that the
-    strength is alpha / k; as_trained stores alpha * sqrt(k / R) instead, which gives the strength that training showed
-    at rank k, alpha / R * sqrt(R / k). Returns the files. Raises UserError when unit does not fit the rank.
+    strength is alpha / k, which is what this suite trains with; as_trained stores alpha * sqrt(k / R) instead, which
+    gives the strength that sd-scripts' training has at rank k, alpha / R * sqrt(R / k). Returns the files. Raises
+    UserError when unit does not fit the rank.
     """
     target = Path(save_to)
     written = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -146,7 +147,12 @@ class LoraFile:
                 "choose a LoRA or LoCon file; other kinds cannot be handled by this tool",
             )
         alpha_key = f"{name}.alpha"
-        alpha = float(self.source[alpha_key].float().reshape(-1)[0]) if alpha_key in self.source else 0.0
+        alpha = 0.0
+        if alpha_key in self.source:
+            shape = shape_of(self.source, alpha_key)
+            if math.prod(shape) != 1:
+                raise UserError(f"{alpha_key} has shape {shape}, and is one number", self.where, _AGAIN)
+            alpha = float(self.source[alpha_key])
         if not torch.isfinite(torch.tensor(alpha)):
             raise UserError(f"{alpha_key} is {alpha}", self.where, "the file is broken: use an earlier save")
         return LowRank(name, down_key, up_key, alpha_key, down, up, alpha or float(down[0]))

@@ -145,6 +145,9 @@ class _OpenNetwork:
         if keys is None or factor == 0:
             return None
         tensors = {key: self._tensors[key] for key in keys.values()}
+        if self._lora and "alpha" not in keys:  # told when the file was opened
+            down = keys["lora_down.weight"]
+            tensors[f"{down.partition('.')[0]}.alpha"] = torch.tensor(float(len(tensors[down])))
         root = _lone_root(model.root_of(target), model.path_of(target), target.module, weight)
         network = self.kind.create_from_weights([root], tensors, where=self.where)
         return factor * sum(adapter.delta_weight() for adapter in network.adapters.values())
