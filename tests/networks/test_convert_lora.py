@@ -290,6 +290,24 @@ def test_what_has_no_place_is_said(tensors, tmp_path):
     assert text + ".alpha" in tensors
 
 
+def test_alphas_come_back_as_they_were_and_folded_ones_do_not(tensors):
+    from library.models.lora_convert import convert as convert_tensors
+
+    whole = {key: torch.tensor(2) if key.endswith("alpha") else value for key, value in tensors.items()}
+    there = convert_tensors(read_lora(whole, {}, where="test"), "diffusers")
+    between = read_lora(dict(there.tensors.items()), there.metadata, where="test")
+    assert_identical(dict(convert_tensors(between, "sd-scripts").tensors.items()), whole)
+    folded = convert_tensors(between, "diffusers", fold_alpha=True)
+    again = convert_tensors(read_lora(dict(folded.tensors.items()), folded.metadata, where="test"), "sd-scripts")
+    for key, value in again.tensors.items():
+        if key.endswith("alpha"):
+            assert value == len(whole[key.replace(".alpha", ".lora_down.weight")])
+        elif "lora_up" in key:
+            name = key.removesuffix(".lora_up.weight")
+            rank = len(whole[f"{name}.lora_down.weight"])
+            torch.testing.assert_close(value, whole[key] * (2 / rank if f"{name}.alpha" in whole else 1.0))
+
+
 def run_in_memory(tensors, folder, to):
     from library.models.lora_convert import convert as convert_tensors
 

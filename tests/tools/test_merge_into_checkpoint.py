@@ -182,8 +182,11 @@ def test_other_kinds_are_checked_before_anything_is_computed(kind, tiny, base, t
     (key,) = (key for key in tensors if key.endswith(f"{name}.{own}"))
     monkeypatch.setattr(merge_model, "save", lambda *_, **__: pytest.fail("it was computed"))
     path = tmp_path / "other.safetensors"
+    other = name.replace("input_blocks_4_1", "down_blocks_1_attentions_0")
+    twice = {k.replace(name, other): v.clone() for k, v in tensors.items() if name in k}
     for changed, says in ((tensors | {key: wider}, f"{key} has shape"),
-                          ({k: v for k, v in tensors.items() if k != key}, f'"{key}" is missing')):  # fmt: skip
+                          ({k: v for k, v in tensors.items() if k != key}, f'"{key}" is missing'),
+                          (tensors | twice, "is in the file twice")):  # fmt: skip
         save_file(changed, path)
         assert run(base, [path], [1], tmp_path / "out.safetensors") == 2
         assert says in capsys.readouterr().err

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from library.inference.lora_tools import norms
 from library.inference.lora_tools.norms import module_norms
 from tests.tools.reference import delta_of, deltas_of, modules_of, relative
 from tools import check_lora, extract_lora_from_dylora, resize_lora
@@ -146,6 +147,15 @@ def test_norms_are_those_of_the_changes(first):
     assert one.rms == pytest.approx(np.sqrt(np.mean(deltas_of(first)[one.name] ** 2)), rel=1e-4)
     assert found["lora_te2_text_model_encoder_layers_1_mlp_fc2"].block == "te2 layer 1"
     assert found["lora_unet_output_blocks_8_0_skip_connection"].block == "OUT08"
+
+
+def test_sums_over_modules_are_those_of_all_their_weights(first):
+    found, deltas = module_norms(str(first)), deltas_of(first).values()
+    total, count = np.sqrt(sum(np.sum(delta**2) for delta in deltas)), sum(delta.size for delta in deltas)
+    row = norms._row("all", found).split()
+    assert int(row[1]) == len(found) and float(row[3]) == pytest.approx(total, rel=1e-3)
+    assert float(row[5]) == pytest.approx(total / np.sqrt(count), rel=1e-3)
+    assert norms._rms(found) == pytest.approx(total / np.sqrt(count), rel=1e-4)
 
 
 def test_the_report_names_broken_modules_and_draws(few, tmp_path, capsys, changed):
