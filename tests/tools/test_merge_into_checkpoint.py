@@ -106,7 +106,11 @@ def test_precision_and_metadata(base, few, tmp_path, capsys):
     assert header["arch.head_dim"] == "16" and header["modelspec.prediction_type"] == "epsilon"
     run(base, [few], [1], out, "--precision", "bf16", "--no_metadata")
     assert "modelspec.merged_from" not in TensorReader(out).metadata
-    assert {value.dtype for value in load_torch(out).values()} == {torch.bfloat16}
+    found = load_torch(out)
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    plain, delta = load_torch(base)[key], torch.from_numpy(exact[key]).float() - load_torch(base)[key].float()
+    rounded_first = (plain.bfloat16().float() + delta).bfloat16()
+    assert torch.equal(found[key], rounded_first) and not torch.equal(rounded_first, (plain.float() + delta).bfloat16())
 
 
 def test_tensors_are_read_one_at_a_time(base, few, tmp_path, monkeypatch):
