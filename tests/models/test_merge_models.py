@@ -93,6 +93,11 @@ def test_block_weights_of_twenty(models, tmp_path):
     assert_sum(found, models, "ab", shares)
 
 
+def test_a_difference_is_added_whole_unless_told_otherwise(models, tmp_path):
+    found = merge(models, "abc", tmp_path / "out.safetensors", "--add_difference")
+    assert_sum(found, models, "abc", lambda key: (1.0, 1.0, -1.0))
+
+
 def test_block_weights_of_the_blocks_and_a_difference(models, tmp_path):
     weights = [0.04 * number for number in range(23)]
     flags = ("--add_difference", "--ratios=0.5", "--lbws", ",".join(map(str, weights)))
