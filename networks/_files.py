@@ -262,6 +262,9 @@ def _refuse_foreign(tensors: Mapping[str, Tensor], where: str, form: FileFormat)
                 where,
                 "choose a LoRA made for SDXL",
             )
+        if module.startswith("lllite_unet_"):
+            what = "it is a ControlNet-LLLite, which is steered by pictures and changes no weights"
+            raise UserError(what, where, "give it as control_net_lllite_models")
         if tail in FOREIGN_KINDS:
             raise UserError(f"it is {FOREIGN_KINDS[tail]} file, which {form.kinds[0]} cannot read", where, _WAY_OUT)
         if tail == OFT.mark and module.startswith("lora_"):
