@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORK_PACKAGES, NETWORKS_LATER, ROOT
-from library.config.fields import NETWORK, TRAINER
+from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORK_PACKAGES, OTHER_NETWORKS, ROOT
+from library.config.fields import FULL, NETWORK, TRAINER
 from library.config.known_flags import nearest
 from library.config.run_config import RunConfig
 from library.config.tracker_file import tracker_problem
@@ -24,10 +24,11 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
     problems = [problem for name in names if name not in wrong for problem in _check_model(cfg, name)]
     if cfg.run == "sdxl_gen_img":
         problems += _check_existing(cfg, "from_file", kind="file")
-        for name in ("network_module", "network_weights"):
+        problems += list(_check_guides(cfg))
+        for name in ("network_module", "network_weights", "control_net_lllite_models"):
             problems += [] if name in wrong else _check_many(cfg, name)
     elif cfg.run in TRAINER:
-        name = "network_weights" if cfg.run in NETWORK else "unet_config"
+        name = "unet_config" if cfg.run in FULL else "network_weights"
         problems += _check_existing(cfg, name, kind="file")
         if cfg.run in NETWORK and "base_weights" not in wrong:
             problems += _check_many(cfg, "base_weights")
@@ -128,6 +129,15 @@ def _check_network_module(cfg: RunConfig) -> list[Problem]:
     return [problem] if problem else []
 
 
+def _check_guides(cfg: RunConfig) -> Iterator[Problem]:
+    """Control images come one by one or by the folder."""
+    for value in cfg.generate.guide_image_path:
+        kind = "folder" if Path(value).is_dir() else "file"
+        problem = missing_path(value, name="guide_image_path", kind=kind, where=cfg.provenance["guide_image_path"])
+        if problem:
+            yield problem
+
+
 def _check_many(cfg: RunConfig, name: str) -> Iterator[Problem]:
     where = cfg.provenance[name]
     for value in cfg.get(name):
@@ -144,11 +154,11 @@ def network_problem(value: str, *, where: str) -> Problem | None:
     own = list_plugins(ROOT / "networks")
     package, _, name = value.rpartition(".")
     if package in ("", "networks"):
+        if name in OTHER_NETWORKS:
+            return Problem(f"network_module {value} changes no weights, as a LoRA does", where, OTHER_NETWORKS[name])
         if name in own:
             return None
-        available = f"available: {', '.join(f'networks.{plugin}' for plugin in own)}"
-        if name in NETWORKS_LATER:
-            return Problem(f"network_module {value} is not supported yet", where, available)
+        available = f"available: {', '.join(f'networks.{plugin}' for plugin in own if plugin not in OTHER_NETWORKS)}"
         near = nearest(name, own)
         hint = f"did you mean networks.{near}? " if near else ""
         return Problem(f"network_module {value} does not exist", where, hint + available)

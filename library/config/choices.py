@@ -38,7 +38,10 @@ TORCH_SCHEDULERS = (
 
 LOSSES = tuple(list_plugins(ROOT / "library" / "diffusion" / "losses"))
 
-NETWORKS_LATER = ("control_net_lllite",)
+# Files of networks/ that are no --network_module: what to do instead.
+OTHER_NETWORKS = {
+    "control_net_lllite": "train it with sdxl_train_control_net_lllite.py, draw with control_net_lllite_models",
+}
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 EMBEDDED_MODEL = "tiny"

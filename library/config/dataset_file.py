@@ -18,10 +18,11 @@ from library.config.dataset_resolutions import look_up_resolutions
 from library.config.dataset_rules import align_buckets, check_all, check_dataset, idle_variants, leave_faces_to_buckets
 from library.config.dataset_sources import check_kinds, check_source
 from library.config.dataset_spec import DatasetSpec, SubsetSpec
+from library.config.fields import LLLITE
 from library.config.run_config import RunConfig
 from library.errors import Problem, UserError
 
-_READ_OPTIONS = {*DATASET_KEYS.values(), *SUBSET_KEYS.values(), "masked_loss"}
+_READ_OPTIONS = {*DATASET_KEYS.values(), *SUBSET_KEYS.values(), "masked_loss", "conditioning_data_dir"}
 
 
 def dataset_specs(cfg: RunConfig) -> list[DatasetSpec]:
@@ -80,25 +81,39 @@ class _Reader:
 
     def read_metadata(self, name: str) -> None:
         """One metadata file; train_data_dir is where its relative names start."""
-        named = [("in_json", "file", name), ("train_data_dir", "folder", self.cfg.data.train_data_dir)]
-        missing = [
-            missing_path(value, name=option, kind=kind, where=self.cfg.provenance[option])
-            for option, kind, value in named
-            if value
+        if self._all_there(in_json="file", train_data_dir="folder", conditioning_data_dir="folder"):
+            named = {"metadata_file": name, "control_dir": conditions_of(self.cfg)}
+            subset = self._subset([], self.cfg.data.train_data_dir or "", **named)
+            self._add([], [subset], where=self.cfg.provenance["in_json"])
+
+    def _all_there(self, **kinds: str) -> bool:
+        """Whether the files and folders that options name exist; notes a problem for each that does not."""
+        known = self.cfg.flat()
+        found = [
+            missing_path(known[option], name=option, kind=kind, where=self.cfg.provenance[option])
+            for option, kind in kinds.items()
+            if known.get(option)
         ]
-        if any(missing):
-            self.problems += [problem for problem in missing if problem]
-            return
-        subset = self._subset([], self.cfg.data.train_data_dir or "", metadata_file=name)
-        self._add([], [subset], where=self.cfg.provenance["in_json"])
+        self.problems += [problem for problem in found if problem]
+        return not any(found)
 
     def read_folders(self) -> None:
-        """The folders in train_data_dir and reg_data_dir as one dataset."""
+        """The folders in train_data_dir and reg_data_dir as one dataset; or, beside the folder of their condition
+        images, the images in train_data_dir itself."""
+        if conditions_of(self.cfg) is not None or self.cfg.run in LLLITE:
+            self._read_conditioned()
+            return
         subsets = self._folders("train_data_dir", is_reg=False)
         if self.cfg.data.reg_data_dir:
             subsets += self._folders("reg_data_dir", is_reg=True)
         if not self.problems:
             self._add([], subsets, where=self.cfg.provenance["train_data_dir"])
+
+    def _read_conditioned(self) -> None:
+        """The images in train_data_dir with those in conditioning_data_dir. Source: dataset_config.md section 7."""
+        if self._all_there(train_data_dir="folder", conditioning_data_dir="folder"):
+            subset = self._subset([], self.cfg.data.train_data_dir or "", control_dir=conditions_of(self.cfg))
+            self._add([], [subset], where=self.cfg.provenance["train_data_dir"])
 
     def _folders(self, option: str, *, is_reg: bool) -> list[SubsetSpec]:
         """Sub-folders named like 10_cat: repeats, then class words; in the order of their names."""
@@ -209,6 +224,11 @@ class _Reader:
             self.notices += told
         self.problems += check_dataset(self.cfg, spec, where=where)
         self.specs.append(spec)
+
+
+def conditions_of(cfg: RunConfig) -> str | None:
+    """The folder of condition images that the options name."""
+    return cfg.lllite.conditioning_data_dir if "lllite" in cfg.groups else None
 
 
 def _is_again(spec: SubsetSpec, other: SubsetSpec) -> bool:

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from library.config.dataset_spec import DatasetSpec
-from library.config.fields import TRAINER
+from library.config.fields import LLLITE, TRAINER
 from library.config.run_config import RunConfig
 from library.errors import Problem
 
 # The latents of SDXL are halved twice inside the U-Net: 8 * 4 pixels.
 BUCKET_STEP_UNIT = 32
 
-NO_CONTROL_RUNS = TRAINER
+NO_CONTROL_RUNS = TRAINER - LLLITE
 """Runs that have no use for condition images."""
 
 # What gives a caption another wording on each visit that can be made ahead of training.
@@ -81,6 +81,10 @@ def _normalizes(cfg: RunConfig) -> bool:
 def _controls(cfg: RunConfig, spec: DatasetSpec, where: str) -> list[Problem]:
     """Condition images: for runs that use them, and then for every image of a batch."""
     places = [subset.place for subset in spec.subsets if subset.control_dir]
+    if cfg.run in LLLITE and len(places) < len(spec.subsets):
+        without = ", ".join(subset.place for subset in spec.subsets if not subset.control_dir)
+        fix = "name their folder in conditioning_data_dir, of the run or of the subset"
+        return [Problem(f"{without} has no condition images, and this run learns from nothing else", where, fix)]
     if not places:
         return []
     if cfg.run in NO_CONTROL_RUNS:

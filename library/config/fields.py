@@ -19,7 +19,8 @@ from library.sizes import Size, parse_resolution
 
 NETWORK = frozenset({"sdxl_train_network"})
 FULL = frozenset({"sdxl_train"})
-TRAINER = NETWORK | FULL
+LLLITE = frozenset({"sdxl_train_control_net_lllite"})
+TRAINER = NETWORK | FULL | LLLITE
 LATENTS = frozenset({"cache_latents"})
 TEXTS = frozenset({"cache_text_encoder_outputs"})
 GENERATOR = frozenset({"sdxl_gen_img"})

@@ -80,6 +80,19 @@ class GenerateOptions(ConsoleOptions):
         False, "add the networks to the model's weights before a batch, instead of computing them in every step"
     )
     network_show_meta: bool = option(False, "print the metadata of the network files")
+    control_net_lllite_models: tuple[str, ...] = option(
+        (), "ControlNet-LLLite files, which make pictures follow control images", path=True
+    )
+    control_net_multipliers: tuple[float, ...] = option((), "their strengths (unset: 1.0 each)")
+    control_net_ratios: tuple[float, ...] = option(
+        (), "the share of the steps, from the first on, in which each of them acts (unset: 1.0 each)"
+    )
+    guide_image_path: tuple[str, ...] = option(
+        (),
+        "control images, files or folders, for one picture after the other and then from the first again; with several "
+        "control_net_lllite_models each picture takes one for each",
+        path=True,
+    )
     sdpa: bool = option(False, "PyTorch's scaled-dot-product attention, which is also the default")
     xformers: bool = option(False, "attention of the xformers library; needs CUDA")
 
@@ -88,6 +101,13 @@ class GenerateOptions(ConsoleOptions):
     def _above_zero(cls, value: int | float | None) -> int | float | None:
         if value is not None and value <= 0:
             raise ValueError("must be greater than 0")
+        return value
+
+    @field_validator("control_net_ratios")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= ratio <= 1 for ratio in value):
+            raise ValueError("must lie between 0 and 1: a share of the steps")
         return value
 
     @field_validator("W", "H")

@@ -24,10 +24,11 @@ def notices(cfg: RunConfig) -> list[str]:
 
 
 def _data(cfg: RunConfig) -> Iterator[str]:
-    for name in ("train_data_dir", "reg_data_dir", "in_json"):
-        if cfg.data.dataset_config and cfg.get(name):
+    for name in ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"):
+        if cfg.data.dataset_config and cfg.flat().get(name):
             yield f"{name} is ignored: the data is named by dataset_config"
-    are_folders = not cfg.data.dataset_config and not cfg.data.in_json
+    are_pairs = "lllite" in cfg.groups and cfg.lllite.conditioning_data_dir
+    are_folders = not cfg.data.dataset_config and not cfg.data.in_json and not are_pairs
     if cfg.data.train_data_dir and are_folders and cfg.is_given("dataset_repeats"):
         yield "dataset_repeats has no effect: the folder names in train_data_dir say the repeats"
     if cfg.is_given("token_warmup_min") and not cfg.data.token_warmup_step and not cfg.data.dataset_config:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
+    from library.config.lllite import LlliteOptions
     from library.config.loop import LoopOptions
     from library.config.model import ModelOptions
     from library.config.network import NetworkOptions
@@ -42,6 +43,7 @@ class RunConfig:
     optim: OptimOptions
     network: NetworkOptions
     finetune: FinetuneOptions
+    lllite: LlliteOptions
     loop: LoopOptions
     precision: PrecisionOptions
     frozen: FrozenOptions

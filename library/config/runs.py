@@ -11,6 +11,7 @@ from library.config.evaluation import EmaOptions, ValidationOptions
 from library.config.fields import Group, Option
 from library.config.finetune import FinetuneOptions
 from library.config.generate import GenerateOptions
+from library.config.lllite import ConditionOptions, LlliteOptions
 from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
 from library.config.network import NetworkOptions
@@ -61,7 +62,8 @@ _SHARED: dict[str, type[Group]] = {
 }
 _NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions, "frozen": FrozenOptions}
 _FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}
-_TRAINING = {**_NETWORK, **_FULL}
+_LLLITE: dict[str, type[Group]] = {**_SHARED, "lllite": LlliteOptions}
+_TRAINING: dict[str, type[Group]] = {**_NETWORK, **_FULL, "lllite": ConditionOptions}
 
 # The tools accept the trainers' options because users give them a trainer's TOML file; the `acts` of each
 # option says which of them have an effect there.
@@ -70,6 +72,13 @@ RUNS: dict[str, Run] = {
     for run in (
         Run("sdxl_train_network", "sdxl_train_network.py", "Train a LoRA.", _NETWORK, frozenset("N")),
         Run("sdxl_train", "sdxl_train.py", "Fine-tune the whole model.", _FULL, frozenset("T")),
+        Run(
+            "sdxl_train_control_net_lllite",
+            "sdxl_train_control_net_lllite.py",
+            "Train a ControlNet-LLLite: a small network that makes pictures follow a control image.",
+            _LLLITE,
+            frozenset("L"),
+        ),
         Run(
             "cache_latents",
             "tools/cache_latents.py",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.diffusion.conditioning import TextCond
+from library.inference.controls import Controls
 from library.inference.denoise import denoise
 from library.inference.guidance import guided
 from library.inference.network_set import at_strengths
@@ -57,22 +58,24 @@ def generate(
     device: torch.device | str | None = None,
     batch_size: int = 1,
     vae_batch_size: int | None = None,
-    conditioning: Conditioning | None = None,
-    text_form: TextForm | Literal["generate", "train"] = "generate",
+    conditioning: Conditioning | TextForm | None = None,
     networks: Sequence[Any] = (),
+    controls: Controls | None = None,
 ) -> Iterator[tuple[GenRequest, Image.Image]]:
     """Draw the requests and yield each with its picture, in their order.
 
     Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
     vae_batch_size of them at once. device: where to compute (None: where the U-Net is). conditioning: the encoded
-    requests, when the text encoders are busy or gone; else they are encoded here. networks: those whose strength
-    the requests' network_muls set. Models should be in eval mode; the dtype is theirs.
+    requests, when the text encoders are busy or gone; or the form in which they are encoded here (None: a
+    generator's). networks: those whose strength the requests' network_muls set. controls: those that follow the
+    requests' control images. Models should be in eval mode; the dtype is theirs.
 
     A picture's noise depends on its seed alone. Its numbers can differ in the last bits with the size of the batch
     it is drawn in, since matrix products do, and never with its place in a batch.
     """
-    if conditioning is None:
-        conditioning = encode_requests(bundle, requests, device=device, text_form=text_form, networks=networks)
+    if not isinstance(conditioning, Conditioning):
+        form = conditioning or TextForm()
+        conditioning = encode_requests(bundle, requests, device=device, text_form=form, networks=networks)
     total = sum(request.steps for request in requests)
     with (
         _on(device, bundle.unet, bundle.vae),
@@ -82,7 +85,7 @@ def generate(
     ):
         for batch in _batches(requests, batch_size, conditioning):
             with at_strengths(networks, batch[0].network_muls):
-                latents = _denoised(bundle, batch, conditioning, bar=bar)
+                latents = _denoised(bundle, batch, conditioning, controls=controls or Controls([]), bar=bar)
             pictures = _decoded(bundle, latents, vae_batch_size or batch_size)
             yield from zip(batch, pictures, strict=True)
 
@@ -91,8 +94,8 @@ def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Cond
     """Runs of neighbours that can be drawn together, cut at batch_size."""
 
     def together(request: GenRequest) -> Any:
-        kept = replace(request, prompt="", negative="", seed=None, seeds=(), raw="")
-        return kept, conditioning.num_positions(request)
+        kept = replace(request, prompt="", negative="", seed=None, seeds=(), control=(), raw="")
+        return kept, len(request.control), conditioning.num_positions(request)
 
     for _, neighbours in groupby(requests, key=together):
         run = list(neighbours)
@@ -100,7 +103,9 @@ def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Cond
             yield run[start : start + batch_size]
 
 
-def _denoised(bundle: ModelBundle, batch: list[GenRequest], conditioning: Conditioning, *, bar: tqdm) -> Tensor:
+def _denoised(
+    bundle: ModelBundle, batch: list[GenRequest], conditioning: Conditioning, *, controls: Controls, bar: tqdm
+) -> Tensor:
     """Latents (B, 4, h, w), scaled, float32, of requests that can be drawn together."""
     first = batch[0]
     device = bundle.unet.device
@@ -112,6 +117,7 @@ def _denoised(bundle: ModelBundle, batch: list[GenRequest], conditioning: Condit
     noise = start_noise(generators, (bundle.unet.config.in_channels, first.size.h // CELL, first.size.w // CELL))
 
     def model(x: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor) -> Tensor:
+        before_call()
         return sdxl.predict(bundle.unet, x, t_B, text, sizes_B6)
 
     def rows(negative: bool) -> tuple[TextCond, Tensor]:
@@ -131,7 +137,8 @@ def _denoised(bundle: ModelBundle, batch: list[GenRequest], conditioning: Condit
     )
     calls = len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
     advance = len(batch) * first.steps / calls
-    return denoise(predict, noise.to(device), scheduler, generators=generators, on_step=lambda: bar.update(advance))
+    with controls.on(batch, calls=calls, device=device) as before_call:
+        return denoise(predict, noise.to(device), scheduler, generators=generators, on_step=lambda: bar.update(advance))
 
 
 def _decoded(bundle: ModelBundle, latents: Tensor, at_once: int) -> Iterator[Image.Image]:

@@ -28,8 +28,8 @@ class GenRequest:
 
     seed None: a random one. original_*, crop_* are the size ids that the model is told, None meaning the output size
     and 0; original_*_negative those of the negative branch, None meaning the positive branch's. network_muls: the
-    strengths of the networks, None meaning as loaded. seeds: what `--d` gave for the pictures of this prompt. raw: the
-    whole line.
+    strengths of the networks, None meaning as loaded. control: paths of the control images. seeds: what `--d` gave for
+    the pictures of this prompt. raw: the whole line.
     """
 
     prompt: str = ""
@@ -46,6 +46,7 @@ class GenRequest:
     crop_top: int | None = None
     crop_left: int | None = None
     network_muls: tuple[float, ...] | None = None
+    control: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     raw: str = ""
 
@@ -192,8 +193,9 @@ _GENERATOR_LATER = dict.fromkeys(
     ("nl", "t", "c", "f", "dsd1", "dst1", "dsd2", "dst2", "dsr", "glt", "glr", "gle", "gls", "glsn", "glus"), _LATER
 )
 _SAMPLE_OPTIONS = {name: _GENERATOR_OPTIONS[name] for name in ("w", "h", "d", "s", "l", "n")}
+_SAMPLE_OPTIONS["cn"] = (_TEXT, _put("control", lambda path: (path.strip(),)))
 _SAMPLE_OPTIONS["ss"] = (r"\S+", _put("sampler", _sampler))
-_SAMPLE_LATER = {"cn": _LATER} | dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN)
+_SAMPLE_LATER = dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN)
 
 
 def _parse(
@@ -242,16 +244,14 @@ _KEYS: dict[str, tuple[type | tuple[type, ...], Change]] = {
     "sample_steps": (int, _put("steps", _steps)),
     "scale": ((int, float), _put("scale", float)),
     "sample_sampler": (str, _put("sampler", _sampler)),
+    "controlnet_image": (str, _put("control", lambda path: (path,))),
 }
-_KEYS_LATER = ("controlnet_image", "controlnet_image_path")
 _KEYS_FOREIGN = ("guidance_scale",)
 
 
 def _from_mapping(entry: Mapping[str, Any], defaults: GenRequest, *, where: str) -> GenRequest:
     request = defaults
     for key, value in entry.items():
-        if key in _KEYS_LATER:
-            raise UserError(f'"{key}" is not supported yet', where, "remove it")
         if key in _KEYS_FOREIGN:
             logger.warning('"%s" %s; it is left out: %s', key, _FOREIGN, where)
             continue

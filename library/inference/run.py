@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.errors import UserError
+from library.inference.controls import check_models, guide_images, load_controls, with_guides
 from library.inference.launch import encode_requests, generate
 from library.inference.network_set import check_strengths, load_set
 from library.inference.prediction import settle
@@ -33,34 +34,37 @@ def run(cfg: "RunConfig") -> list[Path]:
     """Draw everything that the configuration asks for and return the pictures' paths, in order."""
     options: GenerateOptions = cfg.generate
     lines = read_lines(Path(options.from_file)) if options.from_file else [options.prompt]
+    guides = guide_images(options)
+    check_models(options)
     bundle = _load(cfg)
+    controls = load_controls(bundle, options)
     networks = load_set(bundle, options)
     defaults = GenRequest(
         size=_size(options, bundle), steps=options.steps, scale=options.scale, sampler=options.sampler
     )
-    requests = list(
-        plan(
-            [parse_line(line, defaults) for line in lines],
-            images_per_prompt=options.images_per_prompt,
-            n_iter=options.n_iter,
-            seed=options.seed,
-        )
+    pictures = plan(
+        [parse_line(line, defaults) for line in lines],
+        images_per_prompt=options.images_per_prompt,
+        n_iter=options.n_iter,
+        seed=options.seed,
     )
+    requests = with_guides(list(pictures), guides)
     check_strengths(requests, networks, merged=bool(options.network_weights))
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
     form = TextForm("generate", options.max_embeddings_multiples or 1)
     conditioning = encode_requests(bundle, requests, text_form=form, networks=networks)
-    pictures = generate(
+    drawn = generate(
         bundle,
         requests,
         batch_size=options.batch_size,
         vae_batch_size=_vae_batch_size(options),
         conditioning=conditioning,
         networks=networks,
+        controls=controls,
     )
     logger.info("drawing %d pictures with %s", len(requests), options.ckpt)
     try:
-        for request, picture in pictures:
+        for request, picture in drawn:
             writer.write(request, picture)
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from library.errors import UserError
+from library.inference.controls import check_samples
 from library.inference.prompt_line import GenRequest, read_prompt_file
 from library.inference.samplers import make_scheduler
 from library.log import get_logger
@@ -82,10 +84,23 @@ def preview_requests(cfg: RunConfig, size: Size, decision: Decision) -> list[Gen
     plain_flow = kind == "rectified_flow" and not cfg.is_given("sample_sampler")
     sampler = "euler" if plain_flow else cfg.preview.sample_sampler
     requests = read_prompt_file(Path(cfg.preview.sample_prompts), size=size, sampler=sampler)
+    requests = _with_controls(cfg, requests)
     table = schedule_for(kind, zero_terminal_snr=decision.zero_terminal_snr, flow_shift=decision.flow_shift)
     for request in requests:
         make_scheduler(request.sampler, prediction_type=kind, steps=request.steps, schedule=table)
     return requests
+
+
+def _with_controls(cfg: RunConfig, requests: list[GenRequest]) -> list[GenRequest]:
+    """The requests with control images where the run follows them, which needs one for each, and nowhere else."""
+    if "lllite" in cfg.groups:
+        check_samples(requests, where=f"--sample_prompts {cfg.preview.sample_prompts}")
+        return requests
+    if any(request.control for request in requests):
+        log.warning(
+            "control images of --sample_prompts (--cn) have no effect: this run trains nothing that follows them"
+        )
+    return [replace(request, control=()) for request in requests]
 
 
 def optimizer(cfg: RunConfig, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:

@@ -37,7 +37,7 @@ from library.training.saving import Attempts
 from library.training.state import read_description
 from library.training.stop_hooks import NonFiniteHook, StopHook
 from library.training.trackers import open_trackers
-from library.training.trainable import ExportsNetwork
+from library.training.trainable import ExportsNetwork, FollowsImages
 from library.training.validation import Validation
 from library.training.validation_hook import ValidationHook
 from library.training.writing import CheckpointWriter, ModelWriter, checkpoint_format
@@ -135,6 +135,7 @@ def _preview(run: Run, parts: Parts) -> PreviewHook:
         scope=partial(evaluation, run, parts, averaged=cfg.preview.sample_with_ema),
         wait=accelerator.wait_for_everyone,
         sheet=sheet,
+        controls=run.trainable.controls() if isinstance(run.trainable, FollowsImages) else None,
         enabled=accelerator.is_main_process,
     )
 

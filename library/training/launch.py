@@ -46,7 +46,7 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
         raise UserError(
             f"the GPU ran out of memory: {str(error).splitlines()[0]}",
             where=f"step {trainer.view.progress.global_step + 1}",
-            fix=f"use {_memory_savers(trainable)}, a smaller --train_batch_size or a smaller --resolution",
+            fix=f"use {_memory_savers(cfg, trainable)}, a smaller --train_batch_size or a smaller --resolution",
         ) from error
     finally:
         trainer.data.close()
@@ -56,10 +56,12 @@ def train(cfg: RunConfig, trainable: Trainable) -> Progress:
     return trainer.view.progress
 
 
-def _memory_savers(trainable: Trainable) -> str:
+def _memory_savers(cfg: RunConfig, trainable: Trainable) -> str:
     common = "--gradient_checkpointing, --mixed_precision bf16, --cache_latents, --cache_text_encoder_outputs"
     if trainable.owns:
         return f"{common}, --full_bf16, --fused_backward_pass, --optimizer_type Adafactor"
+    if "frozen" not in cfg.groups:
+        return common
     return f"{common} with --network_train_unet_only, --fp8_base"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.inference import launch as inference
+from library.inference.controls import Controls
 from library.inference.prompt_line import MAX_SEED, GenRequest
 from library.inference.texts import TextForm
 from library.inference.writer import png_text, save_png
@@ -70,7 +71,8 @@ class PreviewHook:
 
     conditioning: the encoded prompts when the text encoders do not change, else None (encoded anew each time). scope:
     the state in which the run is judged; nothing that training computes depends on the pictures. sheet: shows them all,
-    or None. enabled: whether this process makes the pictures; the others wait for it.
+    or None. controls: the networks that follow the prompts' control images. enabled: whether this process makes the
+    pictures; the others wait for it.
     """
 
     bundle: ModelBundle
@@ -84,6 +86,7 @@ class PreviewHook:
     scope: Callable[[], AbstractContextManager]
     wait: Callable[[], None]
     sheet: ContactSheet | None = None
+    controls: Controls | None = None
     enabled: bool = True
 
     def __call__(self, event: Event, view: View) -> None:
@@ -119,5 +122,9 @@ class PreviewHook:
             for request in self.requests
         ]
         return inference.generate(
-            self.bundle, requests, device=self.device, conditioning=self.conditioning, text_form=self.text_form
+            self.bundle,
+            requests,
+            device=self.device,
+            conditioning=self.conditioning or self.text_form,
+            controls=self.controls,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor, dtype, nn
 
@@ -13,6 +13,7 @@ from library.models import arch
 
 if TYPE_CHECKING:
     from library.data.types import Batch
+    from library.inference.controls import Controls
     from library.models.bundle import ModelBundle
 
 Part = Literal["unet", "te1", "te2"]
@@ -84,4 +85,13 @@ class ExportsNetwork(Trainable, Protocol):
 
     def export(self, dtype: dtype | None) -> Artifact:
         """The trained weights under the names of their file format, cast to `dtype` (None: as they are)."""
+        ...
+
+
+@runtime_checkable
+class FollowsImages(Protocol):
+    """A training mode whose sample pictures need control images."""
+
+    def controls(self) -> Controls:
+        """What follows the control images of sample pictures, once `attach` was called."""
         ...

@@ -51,7 +51,8 @@ class ModelWriter:
         self.check = check
         self.prediction_type = bundle.prediction_type
         self._hashes: Future[dict[str, str]] = Future()
-        if cfg.network.no_metadata or current_rank():  # other ranks write no files
+        self.is_minimal = "network" in cfg.groups and cfg.network.no_metadata
+        if self.is_minimal or current_rank():  # other ranks write no files
             self._hashes.set_result({})
         else:
             work = partial(_settle, self._hashes, partial(model_hashes, bundle, vae=cfg.model.vae))
@@ -67,9 +68,9 @@ class ModelWriter:
             finished_at=time.time(),
             steps=progress.global_step,
             epoch=epoch,
-            minimum=self.cfg.network.no_metadata,
+            minimum=self.is_minimal,
         )
-        spec = modelspec(self.cfg, "lora", self.prediction_type)
+        spec = modelspec(self.cfg, getattr(self.trainable, "modelspec_kind", "lora"), self.prediction_type)
         hashes = hashing.network_hashes(artifact.tensors, training)
         spec |= {"sshs_model_hash": hashes[0], "sshs_legacy_hash": hashes[1]}
         save(artifact.tensors, path, {**training, **spec}, checked=True)

@@ -4,6 +4,8 @@ import pytest
 
 from library.config import validate
 from library.config.cli import make_config, parse
+from library.config.dataset_file import dataset_specs
+from library.config.runs import RUNS
 from library.errors import UserError
 
 TRAINER_CASES = [
@@ -201,6 +203,14 @@ GENERATOR_CASES = [
     ("one_prediction_type", {"prediction_type": "epsilon", "v_parameterization": True}, "two prediction types"),
     ("only_flow_is_shifted", {"prediction_type": "epsilon", "flow_shift": 3.0}, "not on epsilon"),
     ("networks_match", {"network_block_weights": [",".join("1" * 12)]}, "network_block_weights has more values"),
+    (
+        "control_images_and_networks_go_together",
+        {"control_net_lllite_models": [__file__]},
+        "control_net_lllite_models have no control image",
+    ),
+    ("control_images_and_networks_go_together", {"guide_image_path": [__file__]}, "guide_image_path cannot act"),
+    ("control_images_and_networks_go_together", {"control_net_ratios": [0.5]}, "control_net_ratios has more values"),
+    ("control_images_and_networks_go_together", {"control_net_multipliers": [0.5]}, "control_net_multipliers has more"),
     ("networks_are_merged_or_live", {"network_merge": True}, "no network to act on"),
     ("networks_are_merged_or_live", {"network_pre_calc": True}, "no network to act on"),
     ("networks_are_merged_or_live", {"network_show_meta": True}, "no network to act on"),
@@ -216,6 +226,56 @@ ADMIN_CASES = [
     ("command_is_named", {"command": "clean", "remove": True}, "remove cannot act in clean"),
     ("command_is_named", {"command": "pack", "delete_broken": True}, "delete_broken cannot act in pack"),
 ]
+
+
+LLLITE_CASES = [
+    ("conditions_are_no_masks", {"masked_loss": True}, "masked_loss cannot act"),
+    ("regularisation_needs_conditions", {"reg_data_dir": "images"}, "reg_data_dir cannot act"),
+    ("the_network_has_a_rate", {"learning_rate": 0.0}, "nothing would train"),
+    ("networks_are_files", {"save_model_as": "diffusers"}, "saved as a single file"),
+]
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """The fewest options with which sdxl_train_control_net_lllite starts."""
+    for name in ("images", "edges"):
+        (tmp_path / name).mkdir()
+    named = {"train_data_dir": str(tmp_path / "images"), "conditioning_data_dir": str(tmp_path / "edges")}
+    return {**named, "pretrained_model_name_or_path": "tiny", "resolution": 512, "output_dir": str(tmp_path / "out")}
+
+
+@pytest.mark.parametrize(("rule", "changes", "what"), LLLITE_CASES)
+def test_rule_of_lllite_fires(rule, changes, what, paired):
+    with pytest.raises(UserError) as caught:
+        make_config("sdxl_train_control_net_lllite", **{**paired, **changes})
+    assert what in caught.value.problems[0].what and caught.value.problems[0].fix
+
+
+def test_images_of_a_lllite_have_conditions(paired, tmp_path):
+    (spec,) = dataset_specs(make_config("sdxl_train_control_net_lllite", **paired))
+    (subset,) = spec.subsets
+    assert (subset.image_dir, subset.control_dir) == (paired["train_data_dir"], paired["conditioning_data_dir"])
+    assert subset.num_repeats == 1
+    for run in ("cache_latents", "dataset_report"):  # the same file serves the tools
+        known = {name: value for name, value in paired.items() if name in RUNS[run].options()}
+        (shared,) = dataset_specs(make_config(run, **known, cond_emb_dim=16))[0].subsets
+        assert shared == subset
+    (tmp_path / "meta.json").write_text("{}")
+    (spec,) = dataset_specs(make_config("sdxl_train_control_net_lllite", **paired, in_json=str(tmp_path / "meta.json")))
+    assert spec.subsets[0].control_dir == paired["conditioning_data_dir"]
+    for changes, what in (
+        ({"conditioning_data_dir": None}, "images has no condition images, and this run learns from nothing else"),
+        ({"conditioning_data_dir": "nowhere"}, "conditioning_data_dir nowhere does not exist"),
+        ({"cond_emb_dim": 7}, "cond_emb_dim = 7 must be even"),
+    ):
+        with pytest.raises(UserError) as caught:
+            make_config("sdxl_train_control_net_lllite", **{**paired, **changes})
+        assert what in caught.value.problems[0].what
+    text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir='{}'\n"
+    (tmp_path / "data.toml").write_text(text.format(paired["train_data_dir"]))
+    with pytest.raises(UserError, match="has no condition images"):
+        make_config("sdxl_train_control_net_lllite", **paired, dataset_config=str(tmp_path / "data.toml"))
 
 
 @pytest.mark.parametrize(("rule", "changes", "what"), ADMIN_CASES)
@@ -249,7 +309,7 @@ def test_generator_rule_fires(rule, changes, what):
 
 
 def test_every_rule_has_a_case():
-    cases = {rule for rule, _, _ in TRAINER_CASES + FULL_CASES + GENERATOR_CASES + ADMIN_CASES}
+    cases = {rule for rule, _, _ in TRAINER_CASES + FULL_CASES + GENERATOR_CASES + ADMIN_CASES + LLLITE_CASES}
     assert {entry.check.__name__ for entry in validate.RULES} == cases
 
 
@@ -466,7 +526,7 @@ def test_rates_and_schedules_that_fit_need_no_notice(complete, changes):
         ({"sample_prompts": "nowhere.txt"}, "sample_prompts nowhere.txt does not exist"),
         ({"sample_prompts": "prompts.md"}, "sample_prompts prompts.md is of no known kind"),
         ({"network_module": "networks.laro"}, "network_module networks.laro does not exist"),
-        ({"network_module": "networks.control_net_lllite"}, "networks.control_net_lllite is not supported yet"),
+        ({"network_module": "networks.control_net_lllite"}, "networks.control_net_lllite changes no weights"),
         ({"base_weights": ["nowhere.safetensors"]}, "base_weights nowhere.safetensors does not exist"),
         ({"network_module": "no_such_package.kohya"}, "cannot be found"),
     ],

@@ -138,11 +138,11 @@ def test_prompts_encoded_before_give_the_same_pictures_without_text_encoders(bun
     assert len(conditioning.rows) == 2  # one prompt and one empty negative
     without = replace(bundle, text_encoder_1=None, text_encoder_2=None)
     ready = pictures(without, requests, conditioning=conditioning)
-    assert all(map(np.array_equal, ready, pictures(bundle, requests, text_form="train")))
+    assert all(map(np.array_equal, ready, pictures(bundle, requests, conditioning=TextForm("train"))))
 
 
 def test_short_prompts_mean_the_same_in_both_text_forms(bundle):
-    assert np.array_equal(*(pictures(bundle, [RED], text_form=form)[0] for form in ("train", "generate")))
+    assert np.array_equal(*(pictures(bundle, [RED], conditioning=TextForm(form))[0] for form in ("train", "generate")))
 
 
 def test_a_prompt_that_is_cut_is_named(bundle, caplog):
@@ -160,7 +160,7 @@ def test_long_prompts_use_the_chunks_that_they_are_allowed(bundle):
     assert conditioning.num_positions(long) == 2 * 77 and conditioning.num_positions(RED) == 77
     assert conditioning.text(long, negative=True).hidden_BTD.shape[1] == 2 * 77
     assert encode_requests(bundle, [RED], text_form=TextForm("train", 2)).num_positions(RED) == 152
-    assert len(pictures(bundle, [long, RED], text_form=form, batch_size=2)) == 2
+    assert len(pictures(bundle, [long, RED], conditioning=form, batch_size=2)) == 2
 
 
 def test_prompt_weights_act(bundle):

@@ -92,12 +92,12 @@ def test_sample_lines_have_their_own_options(caplog):
     assert parse_sample_line("a --ss heun --l 3", DEFAULTS).sampler == "heun"
     with caplog.at_level(logging.WARNING):
         assert parse_sample_line("a --ss nonsense --am 1 --cn x.png", DEFAULTS) == replace(
-            DEFAULTS, prompt="a", raw="a --ss nonsense --am 1 --cn x.png"
+            DEFAULTS, prompt="a", control=("x.png",), raw="a --ss nonsense --am 1 --cn x.png"
         )
     with caplog.at_level(logging.WARNING):
         assert parse_sample_line("a --g 3 --fs 2", DEFAULTS).scale == DEFAULTS.scale
     assert "--g in a prompt is for other models" in caplog.text and "--fs in a prompt is for other" in caplog.text
-    assert "--cn in a prompt is not supported yet" in caplog.text and "--am in a prompt is not known" in caplog.text
+    assert "--am in a prompt is not known" in caplog.text
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_json_files_hold_objects_or_lines(write):
         ("p.toml", "[prompt]\nprompt = 'a'\nwidht = 3", '"widht" is not known'),
         ("p.toml", "[prompt]\nprompt = 'a'\nwidth = 'x'", "wrong type"),
         ("p.toml", "[prompt]\nprompt = 'a'\nsample_sampler = 'x'", "must be one of"),
-        ("p.toml", "[prompt]\nprompt = 'a'\ncontrolnet_image = 'x'", "not supported yet"),
+        ("p.toml", "[prompt]\nprompt = 'a'\ncontrolnet_image = 1", "wrong type"),
         ("p.toml", "[prompt]\nwidth = 3", '"prompt" is missing'),
         ("p.toml", "[prompt", "not valid TOML"),
         ("p.toml", "prompt = 3", "one table [prompt]"),

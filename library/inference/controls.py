@@ -1,0 +1,155 @@
+"""Control images in generation: which picture takes which, and the ControlNet-LLLites that follow them.
+
+Source: gen_img.md section 13 (the order of the images, sizes and ratios).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.data.folder_listing import list_folder
+from library.data.pixels import to_pixels
+from library.data.transforms import resize
+from library.errors import UserError
+from library.inference.adapters import adapter_roots
+from library.inference.prompt_line import GenRequest
+from library.io.images import read_image, read_size
+from library.io.safetensors_file import TensorReader
+from library.log import get_logger
+from library.models.bundle import ModelBundle
+from library.sizes import Size
+from networks import control_net_lllite
+from networks._lllite_files import sizes_of
+from networks.control_net_lllite import LLLiteNetwork
+
+if TYPE_CHECKING:
+    from library.config.generate import GenerateOptions
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A network on the U-Net, and the share of the steps, from the first on, in which it acts."""
+
+    network: LLLiteNetwork
+    ratio: float = 1.0
+
+
+class Controls:
+    """The networks of a run, in order; each request has one control image for each of them, or none at all."""
+
+    def __init__(self, controls: Sequence[Control]) -> None:
+        self.controls = tuple(controls)
+
+    @contextmanager
+    def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[Callable[[], None]]:
+        """Condition the networks on the images of a batch whose requests are all of one size.
+
+        Each is embedded once. What is yielded is to be called before each of the `calls` of the U-Net: a network of
+        ratio r is switched off before call i (from 0) when r < i / calls.
+        """
+        done = 0
+
+        def before_call() -> None:
+            nonlocal done
+            for control in self.controls:
+                if control.ratio < done / calls:
+                    control.network.set_condition(None)
+            done += 1
+
+        try:
+            for index, control in enumerate(self.controls):
+                images = [_pixels(request.control[index], request.size) for request in batch if request.control]
+                assert len(images) in (0, len(batch)), "requests with and without control images share no batch"
+                control.network.set_condition(torch.stack(images).to(device) if images else None)
+            yield before_call
+        finally:
+            for control in self.controls:
+                control.network.set_condition(None)
+
+
+def _pixels(path: str, size: Size) -> Tensor:
+    """A control image at the size of its picture, (3, H, W) in [-1, 1]."""
+    return to_pixels(resize(read_image(path), size, interpolation="lanczos"))
+
+
+def guide_images(options: GenerateOptions) -> list[tuple[str, ...]]:
+    """The control images of one picture after the other, one for each network; [] without networks.
+
+    A folder stands for its images, by name. Raises UserError for files that are no images, an empty folder, and a
+    number of images that the networks do not share out evenly.
+    """
+    count = len(options.control_net_lllite_models)
+    if not count:
+        return []
+    paths: list[str] = []
+    for name in options.guide_image_path:
+        found = [str(Path(name) / image) for image in list_folder(name).images] if Path(name).is_dir() else [name]
+        if not found:
+            raise UserError("the folder holds no image", f"guide_image_path {name}", "name one with control images")
+        paths += found
+    for path in paths:
+        read_size(path)
+    if len(paths) % count:
+        raise UserError(
+            f"{len(paths)} control images cannot be shared out among {count} networks",
+            where="guide_image_path",
+            fix=f"name {count} images for each picture, in the order of control_net_lllite_models",
+        )
+    return [tuple(paths[start : start + count]) for start in range(0, len(paths), count)]
+
+
+def with_guides(requests: Sequence[GenRequest], guides: Sequence[tuple[str, ...]]) -> list[GenRequest]:
+    """The pictures of a run with their control images: one group after the other, then from the first again."""
+    if not guides:
+        return list(requests)
+    return [replace(request, control=guides[number % len(guides)]) for number, request in enumerate(requests)]
+
+
+def check_models(options: GenerateOptions) -> None:
+    """Raise UserError for control_net_lllite_models that are no such file; called before the model is loaded."""
+    for path in options.control_net_lllite_models:
+        with TensorReader(Path(path)) as tensors:
+            sizes_of(tensors, where=path)
+
+
+def load_controls(bundle: ModelBundle, options: GenerateOptions) -> Controls:
+    """Put the networks of control_net_lllite_models on the U-Net, in its dtype and on its device.
+
+    Raises UserError for files made for another model.
+    """
+    (root,) = (root for root in adapter_roots(bundle) if root.part == "unet")
+    controls = []
+    for index, path in enumerate(options.control_net_lllite_models):
+        strength = _at(options.control_net_multipliers, index)
+        with TensorReader(Path(path)) as tensors:
+            network = control_net_lllite.read(root, tensors, multiplier=strength, where=path)
+        network.to(device=bundle.unet.device, dtype=bundle.unet.dtype).eval().requires_grad_(False)
+        network.attach()
+        logger.info("applying %s x %g (%d modules)", path, strength, len(network.parts))
+        controls.append(Control(network, _at(options.control_net_ratios, index)))
+    return Controls(controls)
+
+
+def _at(values: Sequence[float], index: int) -> float:
+    return values[index] if index < len(values) else 1.0
+
+
+def check_samples(requests: Sequence[GenRequest], *, where: str) -> None:
+    """Raise UserError unless every sample picture of a LLLite's training run names a control image that is there."""
+    for request in requests:
+        if not request.control:
+            what = f'the prompt "{request.prompt}" has no control image'
+            raise UserError(what, where, 'add --cn path/to/image.png, or controlnet_image = "…" in a table')
+        for path in request.control:
+            if not Path(path).is_file():
+                raise UserError(f"the control image {path} does not exist", where, "check the path after --cn")
+            read_size(path)
