@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.io.bundled import bundled, bundled_keys
+from library.log import get_logger
 from library.models.keymaps.lora import DOTTED_PREFIXES, LoraModule, parse_dotted, parse_underscored
 from library.models.tensors import shape_of
+
+log = get_logger(__name__)
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 PEFT_HEADER = "lora_adapter_metadata"
@@ -102,7 +106,10 @@ def read_lora(
     """
     modules: dict[LoraModule, dict[str, str]] = {}
     namings: dict[bool, str] = {}
-    for key in source:
+    tokens = frozenset(bundled_keys(source))
+    if tokens:
+        log.warning("%s: the embeddings in it are left out: %s", where, ", ".join(sorted(bundled(source))))
+    for key in (key for key in source if key not in tokens):
         dotted, module, tail = _parsed(key, where)
         namings.setdefault(dotted, key)
         tails = modules.setdefault(module, {})

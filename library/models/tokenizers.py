@@ -7,7 +7,8 @@ is "!" would turn every "!" of a caption into padding.
 
 import gzip
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,41 @@ from library.models.configs import BOS_ID, EOS_ID, PAD_ID_1, PAD_ID_2
 CHUNK = 75  # caption tokens per chunk; with begin and end token the encoders see 77
 WINDOW = CHUNK + 2
 _MERGES_FILE = Path(__file__).parent / "tokenizer_data" / "bpe_simple_vocab_16e6.txt.gz"
+FIRST_ADDED = EOS_ID + 1  # ids of words that are added to the vocabulary
 _NUM_MERGES = 49152 - 256 - 2  # CLIP uses the first part of the file only
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
-    """Caption text to token ids, without begin and end token and without padding; can be pickled."""
+    """Caption text to token ids, without begin and end token and without padding; can be pickled.
+
+    added: words that the vocabulary does not have, in the order of their ids -> how many ids each stands for; the first
+    is `FIRST_ADDED`. They are found in any case, as words of their own: not inside other words, unless they begin or
+    end with a sign such as "<".
+    """
 
     bos_id, eos_id = BOS_ID, EOS_ID
     pad_id_1, pad_id_2 = PAD_ID_1, PAD_ID_2
 
-    def __init__(self) -> None:
+    def __init__(self, added: Mapping[str, int] | None = None) -> None:
         self._engine = _engine()
+        self.added = dict(added or {})
+        self._ids: dict[str, list[int]] = {}
+        first = FIRST_ADDED
+        for word, count in self.added.items():
+            self._ids[word.lower()] = list(range(first, first + count))
+            first += count
+        words = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(_as_word, words)), re.IGNORECASE) if words else None
+
+    def ids_of(self, word: str) -> list[int]:
+        """The ids of an added word."""
+        return self._ids[word.lower()]
+
+    def mentions(self, text: str) -> set[str]:
+        """The added words that a text holds, in lower case."""
+        return set() if self._pattern is None else {found.lower() for found in self._pattern.findall(text)}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one caption, of any length."""
@@ -40,16 +63,38 @@ class ClipTokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several captions, of any length."""
+        if self._pattern is None or not any(map(self._pattern.search, texts)):
+            return self._plain(texts)
+        return [self._with_added(text) for text in texts]
+
+    def _with_added(self, text: str) -> list[int]:
+        assert self._pattern is not None
+        words = [found.lower() for found in self._pattern.findall(text)]
+        first, *rest = self._plain(self._pattern.split(text))
+        return first + [i for word, ids in zip(words, rest, strict=True) for i in (*self._ids[word], *ids)]
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._engine.encode_batch(list(texts), add_special_tokens=False)]
 
     def __reduce__(self) -> tuple[Any, ...]:  # rebuilding is quicker than shipping 49,408 words to each worker
-        return (load_tokenizer, ())
+        return (ClipTokenizer, (self.added,)) if self.added else (load_tokenizer, ())
 
 
 @cache
 def load_tokenizer() -> ClipTokenizer:
     """The tokenizer of both text encoders, built once per process."""
     return ClipTokenizer()
+
+
+def is_one_token(word: str) -> bool:
+    """Whether the vocabulary of CLIP has the word, as a whole or as the beginning of words."""
+    vocabulary, _ = _vocabulary()
+    return word.lower() in vocabulary or len(load_tokenizer().encode(word)) == 1
+
+
+def _as_word(word: str) -> str:
+    start, end = (r"(?<!\w)" if word[0].isalnum() else "", r"(?!\w)" if word[-1].isalnum() else "")
+    return start + re.escape(word) + end
 
 
 def chunked(ids: Sequence[int], *, num_chunks: int, pad_id: int) -> list[list[int]]:
