@@ -9,6 +9,7 @@ from library.config.run_config import RunConfig
 from library.errors import Problem, entry_point
 from library.io import lora_settings
 from library.log import setup_logging
+from library.models.token_names import problems_in
 from networks._args import problems_of
 
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if lora_settings.asked(words):
         return lora_settings.run(words)
-    cfg = parse("sdxl_train_network", argv, checks=[_network_args])
+    cfg = parse("sdxl_train_network", argv, checks=[_network_args, problems_in])
     setup_logging(cfg.loop.console_log_level or "INFO", cfg.loop.console_log_file, simple=cfg.loop.console_log_simple)
     if cfg.data.debug_dataset:
         from library.inference.dataset_report import debug_dataset

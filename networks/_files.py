@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.io.bundled import bundled_keys
 from library.log import get_logger
 from networks._keys import Target
 
@@ -77,8 +78,11 @@ def group_tensors(
     """Tensors by module name (sd-scripts' name when the module is known) and tail.
 
     Raises UserError for files of SD 1.x / 2.x, of other adapter types than `form`, in PEFT's layout, for plain models,
-    for names of several programs in one file, and for values that are not finite.
+    for names of several programs in one file, and for values that are not finite. Embeddings are left out.
     """
+    tokens = frozenset(bundled_keys(tensors))
+    if tokens:
+        tensors = {key: tensors[key] for key in tensors if key not in tokens}
     _refuse_foreign(tensors, where, form)
     names = {}
     for target in targets:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from library.config.choices import CHECKPOINT_SUFFIXES, EMBEDDED_MODEL, NETWORK_PACKAGES, OTHER_NETWORKS, ROOT
-from library.config.fields import FULL, NETWORK, TRAINER
+from library.config.fields import FULL, LLLITE, NETWORK, TOKENS, TRAINER
 from library.config.known_flags import nearest
 from library.config.run_config import RunConfig
 from library.config.tracker_file import tracker_problem
@@ -25,11 +25,14 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
     if cfg.run == "sdxl_gen_img":
         problems += _check_existing(cfg, "from_file", kind="file")
         problems += list(_check_guides(cfg))
-        for name in ("network_module", "network_weights", "control_net_lllite_models"):
+        many = ("network_module", "network_weights", "control_net_lllite_models", "textual_inversion_embeddings")
+        for name in many:
             problems += [] if name in wrong else _check_many(cfg, name)
     elif cfg.run in TRAINER:
-        name = "unet_config" if cfg.run in FULL else "network_weights"
-        problems += _check_existing(cfg, name, kind="file")
+        own = {"network_weights": NETWORK | LLLITE, "unet_config": FULL, "token_file": TOKENS | NETWORK}
+        own["token_template_file"] = own["token_file"]
+        for name in (name for name, runs in own.items() if cfg.run in runs):
+            problems += _check_existing(cfg, name, kind="file")
         if cfg.run in NETWORK and "base_weights" not in wrong:
             problems += _check_many(cfg, "base_weights")
         problems += _check_existing(cfg, "resume", kind="folder")

@@ -17,7 +17,8 @@ class SubsetSpec:
     `image_dir` is "" for a metadata file without one: its keys are then absolute paths. `loss_weight` is
     `prior_loss_weight` for regularisation images (`is_reg`) and 1 for all others. `mask_dir` holds loss masks,
     `control_dir` condition images, found by the stems of the images; with `alpha_mask` an image's alpha is its mask.
-    The images of an `is_validation` subset are not trained on. `face_crop_aug_range` is None where buckets are on.
+    The images of an `is_validation` subset are not trained on. `templates` are sentences of which every visit takes
+    one in place of its caption. `face_crop_aug_range` is None where buckets are on.
     """
 
     image_dir: str
@@ -49,6 +50,7 @@ class SubsetSpec:
     alpha_mask: bool = False
     mask_dir: str | None = None
     control_dir: str | None = None
+    templates: tuple[str, ...] = ()
     custom_attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

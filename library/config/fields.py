@@ -20,7 +20,8 @@ from library.sizes import Size, parse_resolution
 NETWORK = frozenset({"sdxl_train_network"})
 FULL = frozenset({"sdxl_train"})
 LLLITE = frozenset({"sdxl_train_control_net_lllite"})
-TRAINER = NETWORK | FULL | LLLITE
+TOKENS = frozenset({"sdxl_train_textual_inversion"})
+TRAINER = NETWORK | FULL | TOKENS | LLLITE
 LATENTS = frozenset({"cache_latents"})
 TEXTS = frozenset({"cache_text_encoder_outputs"})
 GENERATOR = frozenset({"sdxl_gen_img"})

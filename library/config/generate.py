@@ -63,6 +63,9 @@ class GenerateOptions(ConsoleOptions):
     max_embeddings_multiples: int | None = option(
         None, "longest prompt in chunks of 75 tokens (unset: 1)", ge=1, zero_is_unset=True
     )
+    textual_inversion_embeddings: tuple[str, ...] = option(
+        (), "embedding files; the name of a file, without its ending, is the word that stands for it", path=True
+    )
     network_module: tuple[str, ...] = option((), "kinds of the networks, one per weights file, such as networks.lora")
     network_weights: tuple[str, ...] = option((), "network files", path=True)
     network_mul: tuple[float, ...] = option((), "strengths of the networks (unset: 1.0 each)")

@@ -8,6 +8,7 @@ from glob import glob
 from typing import Any, NamedTuple
 
 from library.config.command_line import COMMAND_LINE
+from library.config.fields import TOKENS
 from library.config.run_config import RunConfig
 
 
@@ -110,6 +111,11 @@ def _epoch_sampling(cfg: RunConfig) -> Iterator[Implied]:
         )
 
 
+def _token_name(cfg: RunConfig) -> Iterator[Implied]:
+    if cfg.run in TOKENS and cfg.tokens.token_string and not cfg.save.output_name:
+        yield Implied("output_name", cfg.tokens.token_string, "the token's name")
+
+
 def _checkpoint_pattern(cfg: RunConfig) -> Iterator[Implied]:
     """sdxl_gen_img takes a pattern such as models/epoch-*.safetensors when exactly one file fits."""
     if "generate" not in cfg.groups or not cfg.generate.ckpt or os.path.exists(cfg.generate.ckpt):
@@ -128,5 +134,6 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Implied]], ...] = (
     _workers,
     _no_clipping_when_fused,
     _epoch_sampling,
+    _token_name,
     _checkpoint_pattern,
 )

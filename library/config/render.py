@@ -23,6 +23,7 @@ from library.config.toml_file import toml_value
 _LETTERS = {
     "sdxl_train_network": "N",
     "sdxl_train": "T",
+    "sdxl_train_textual_inversion": "I",
     "sdxl_train_control_net_lllite": "C",
     "cache_latents": "L",
     "cache_text_encoder_outputs": "E",

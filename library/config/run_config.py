@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from library.config.preview import PreviewOptions
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
+    from library.config.tokens import PivotalOptions, TokenOptions
 
 DEFAULT = "default"
 
@@ -47,6 +48,8 @@ class RunConfig:
     loop: LoopOptions
     precision: PrecisionOptions
     frozen: FrozenOptions
+    tokens: TokenOptions
+    pivotal: PivotalOptions
     save: SaveOptions
     preview: PreviewOptions
     validation: ValidationOptions

@@ -20,6 +20,7 @@ from library.config.precision import FrozenOptions, PrecisionOptions
 from library.config.preview import PreviewOptions
 from library.config.report import ReportOptions
 from library.config.save import SaveOptions
+from library.config.tokens import PivotalOptions, TokenOptions
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,14 @@ _SHARED: dict[str, type[Group]] = {
     "validation": ValidationOptions,
     "ema": EmaOptions,
 }
-_NETWORK: dict[str, type[Group]] = {**_SHARED, "network": NetworkOptions, "frozen": FrozenOptions}
+_TOKENS: dict[str, type[Group]] = {**_SHARED, "tokens": TokenOptions}
+_NETWORK: dict[str, type[Group]] = {
+    **_SHARED,
+    "network": NetworkOptions,
+    "frozen": FrozenOptions,
+    "tokens": TokenOptions,
+    "pivotal": PivotalOptions,
+}
 _FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}
 _LLLITE: dict[str, type[Group]] = {**_SHARED, "lllite": LlliteOptions}
 _TRAINING: dict[str, type[Group]] = {**_NETWORK, **_FULL, "lllite": ConditionOptions}
@@ -72,6 +80,13 @@ RUNS: dict[str, Run] = {
     for run in (
         Run("sdxl_train_network", "sdxl_train_network.py", "Train a LoRA.", _NETWORK, frozenset("N")),
         Run("sdxl_train", "sdxl_train.py", "Fine-tune the whole model.", _FULL, frozenset("T")),
+        Run(
+            "sdxl_train_textual_inversion",
+            "sdxl_train_textual_inversion.py",
+            "Train new words of the prompt (textual inversion).",
+            _TOKENS,
+            frozenset("I"),
+        ),
         Run(
             "sdxl_train_control_net_lllite",
             "sdxl_train_control_net_lllite.py",

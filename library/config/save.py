@@ -21,8 +21,9 @@ class SaveOptions(Group):
     )
     save_model_as: str | None = option(
         None,
-        "file format: a single file, or a diffusers folder for the full fine-tune (unset: as the base model was)",
-        choices=["safetensors", "diffusers", "diffusers_safetensors"],
+        "file format: a single file, a diffusers folder for the full fine-tune (unset: as the base model was), or a "
+        "PyTorch file (pt) for embeddings",
+        choices=["safetensors", "diffusers", "diffusers_safetensors", "pt"],
     )
     save_every_n_epochs: int | None = option(None, "save after every Nth epoch", ge=1, zero_is_unset=True)
     save_every_n_steps: int | None = option(None, "save after every Nth step", ge=1, zero_is_unset=True)
@@ -54,7 +55,7 @@ class SaveOptions(Group):
     @field_validator("save_model_as", mode="before")
     @classmethod
     def _no_pickle(cls, value: object) -> object:
-        if value in ("ckpt", "pt"):
+        if value == "ckpt":
             raise ValueError("would be a pickle file, which can run code when opened; only safetensors is written")
         return value
 

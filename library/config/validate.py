@@ -19,6 +19,7 @@ from library.config.rules import (  # noqa: F401 (each registers its rules)
     precision,
     preview,
     save,
+    tokens,
 )
 from library.config.rules.rule import RULES
 from library.config.run_config import RunConfig

@@ -152,10 +152,16 @@ def unify_separators(caption: str, context: CaptionContext) -> str:
     return caption.replace(mark, context.subset.caption_separator) if mark else caption
 
 
+def take_template(caption: str, context: CaptionContext) -> str:
+    """Put one of the subset's templates, if it has any, in the place of the caption."""
+    templates = context.subset.templates
+    return context.rng.choice(templates) if templates else caption
+
+
 TAG_STEPS: tuple[TagStep, ...] = (warm_up_tags, shuffle_tags, drop_tags)
 FIXED_STEPS: tuple[Step, ...] = (choose_line, add_affixes, unify_separators)
 VARIANT_STEPS: tuple[Step, ...] = (choose_line, add_affixes, expand_wildcards, edit_tags, unify_separators)
-STEPS: tuple[Step, ...] = (drop_caption, *VARIANT_STEPS)
+STEPS: tuple[Step, ...] = (drop_caption, *VARIANT_STEPS, take_template)
 
 
 def has_tag_edits(subset: SubsetSpec) -> bool:
@@ -238,6 +244,8 @@ def whole_captions(caption: str, subset: SubsetSpec) -> list[str]:
 
     Nothing is dropped; of the alternatives of a wildcard the one of most letters is taken.
     """
+    if subset.templates:
+        return list(subset.templates)
     lines = caption.split("\n") if subset.enable_wildcard else [caption.split("\n", 1)[0]]
     context = CaptionContext(subset, _UNUSED, epoch=1)
     wholes = []

@@ -11,6 +11,7 @@ import torch
 
 from library.errors import UserError
 from library.inference.controls import check_models, guide_images, load_controls, with_guides
+from library.inference.embeddings import add_words, read_words
 from library.inference.launch import encode_requests, generate
 from library.inference.network_set import check_strengths, load_set
 from library.inference.prediction import settle
@@ -34,11 +35,13 @@ def run(cfg: "RunConfig") -> list[Path]:
     """Draw everything that the configuration asks for and return the pictures' paths, in order."""
     options: GenerateOptions = cfg.generate
     lines = read_lines(Path(options.from_file)) if options.from_file else [options.prompt]
+    words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
     guides = guide_images(options)
     check_models(options)
     bundle = _load(cfg)
     controls = load_controls(bundle, options)
     networks = load_set(bundle, options)
+    add_words(bundle, words)
     defaults = GenRequest(
         size=_size(options, bundle), steps=options.steps, scale=options.scale, sampler=options.sampler
     )

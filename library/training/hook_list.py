@@ -36,6 +36,7 @@ from library.training.save_plan import check_space, save_settings
 from library.training.saving import Attempts
 from library.training.state import read_description
 from library.training.stop_hooks import NonFiniteHook, StopHook
+from library.training.token_files import TokenWriter, WithTokens
 from library.training.trackers import open_trackers
 from library.training.trainable import ExportsNetwork, FollowsImages
 from library.training.validation import Validation
@@ -75,7 +76,8 @@ def _save(run: Run, parts: Parts, meters: LogHook | DrainHook) -> SaveHook:
     cfg, accelerator = run.cfg, run.accelerator
     writer = _writer(run, parts)
     is_folder = isinstance(writer, CheckpointWriter) and writer.save_as == "diffusers"
-    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, "" if is_folder else ".safetensors")
+    extension = getattr(writer, "extension", "" if is_folder else ".safetensors")
+    names = naming.Names(Path(cfg.save.output_dir), cfg.save.output_name, extension)
     save_model = model_writer(writer, parts.ema, names, cfg.ema.save_ema)
     return SaveHook(
         names,
@@ -103,17 +105,22 @@ def _validation(run: Run, parts: Parts, meters: LogHook | DrainHook) -> Validati
     )
 
 
-def _writer(run: Run, parts: Parts) -> ModelWriter | CheckpointWriter:
+def _writer(run: Run, parts: Parts) -> Callable[..., None]:
     cfg, dtype = run.cfg, save_dtype(run.cfg.save.save_precision)
     if run.trainable.owns:
         return CheckpointWriter(run.bundle, save_as=checkpoint_format(cfg, run.bundle), dtype=dtype, cfg=cfg)
+    tokens = getattr(run.trainable, "tokens", None)
+    embeddings = TokenWriter(tokens, dtype=dtype, cfg=cfg, bundle=run.bundle) if tokens is not None else None
+    if embeddings is not None and not hasattr(run.trainable, "export"):
+        return embeddings
     trainable = cast(ExportsNetwork, run.trainable)
     metadata = _metadata(run, parts, trainable.metadata())
     check = None
     if hasattr(trainable, "read_saved"):
         autocast = run.accelerator.autocast
         check = ExportCheck(trainable, run.bundle, with_text=not run.text_cached, autocast=autocast)
-    return ModelWriter(trainable, dtype=dtype, metadata=metadata, cfg=cfg, bundle=run.bundle, check=check)
+    writer = ModelWriter(trainable, dtype=dtype, metadata=metadata, cfg=cfg, bundle=run.bundle, check=check)
+    return writer if embeddings is None else WithTokens(writer, embeddings)
 
 
 def _preview(run: Run, parts: Parts) -> PreviewHook:

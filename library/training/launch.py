@@ -60,6 +60,8 @@ def _memory_savers(cfg: RunConfig, trainable: Trainable) -> str:
     common = "--gradient_checkpointing, --mixed_precision bf16, --cache_latents, --cache_text_encoder_outputs"
     if trainable.owns:
         return f"{common}, --full_bf16, --fused_backward_pass, --optimizer_type Adafactor"
+    if hasattr(trainable, "tokens"):
+        return "--gradient_checkpointing, --mixed_precision bf16, --cache_latents"
     if "frozen" not in cfg.groups:
         return common
     return f"{common} with --network_train_unet_only, --fp8_base"

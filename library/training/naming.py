@@ -43,6 +43,11 @@ class Names:
         return self.output_dir / f"{stem}-state"
 
 
+def tokens_beside(model: Path) -> Path:
+    """The folder of embedding files that were trained together with the network in the file `model`."""
+    return model.with_name(f"{model.stem}-tokens")
+
+
 def save_period_from_ratio(num_epochs: int, ratio: int) -> int:
     """Epochs between saves for `--save_n_epoch_ratio`: at least 1, so that `ratio` files are written or fewer."""
     return max(1, num_epochs // ratio)

@@ -32,9 +32,11 @@ log = get_logger(__name__)
 def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> Run:
     """Data, previews and base model, checked in the order of what costs least; caches are built."""
     seed = early.agreed_seed(cfg, accelerator)
-    specs = dataset_specs(cfg)
+    tokens = getattr(trainable, "tokens", None)
+    specs = dataset_specs(cfg) if tokens is None else tokens.fit_data(dataset_specs(cfg))
     previews = early.preview_requests(cfg, specs[0].resolution, prediction.early_decision(cfg))
-    tokenizer, max_token_length, weighted = load_tokenizer(), cfg.model.max_token_length, cfg.model.weighted_captions
+    tokenizer = load_tokenizer() if tokens is None else tokens.tokenizer()
+    max_token_length, weighted = cfg.model.max_token_length, cfg.model.weighted_captions
     data = build_train_data(
         specs,
         seed=seed,
@@ -49,6 +51,8 @@ def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> R
         legacy_crop=cfg.data.legacy_crop_conditioning,
         cache_dir=index_folder(cfg),
     )
+    if tokens is not None:
+        tokens.check_data(data)
     dtype = weight_dtype(cfg.loop.mixed_precision)
     # One process of a machine reads the file first: the others then find it in the page cache.
     with accelerator.local_main_process_first():

@@ -111,7 +111,8 @@ class SaveHook:
             return
         if model_stem is not None:
             model = self.names.model(model_stem)
-            self._overdue += [model, self.names.ema_beside(model)]
+            models = (model, self.names.ema_beside(model))
+            self._overdue += [*models, *map(naming.tokens_beside, models)]
         self._overdue += [] if state_stem is None else [self.names.state(state_stem)]
         if not saved:
             return

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 # The projects of sd-scripts, so that runs of both lie side by side.
-_PROJECTS = {"sdxl_train": "finetuning", "sdxl_train_control_net_lllite": "lllite_control_net_train"}
+_PROJECTS = {
+    "sdxl_train": "finetuning",
+    "sdxl_train_textual_inversion": "textual_inversion",
+    "sdxl_train_control_net_lllite": "lllite_control_net_train",
+}
 
 
 class Tracker(Protocol):

@@ -47,6 +47,7 @@ class Trainable(Protocol):
     owns: the parts whose own weights are trained and therefore kept in the precision of training.
     needs: names of extra `Batch` fields that must be present, checked before any weight is loaded.
     may_skip_modules: True when a forward pass may leave a trained parameter unused (DDP must then search for them).
+    Two more attributes are looked up by name: `hooks()`, hooks of its own, and `tokens`, the NewTokens that it trains.
     """
 
     trains: frozenset[Part]

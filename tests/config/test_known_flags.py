@@ -91,7 +91,7 @@ def test_flags_at_their_default_pass_on_the_command_line(complete):
 def test_options_agree_with_sd_scripts():
     for name in sorted(set(TRAINER) & set(known_flags())):
         known, option = known_flags()[name], TRAINER[name]
-        assert known.letters & {"N", "T", "cl", "ct", "x"}, name
+        assert known.letters & {"N", "T", "I", "cl", "ct", "x"}, name
         assert _kind(option) == OTHER_KINDS.get(name, known.kind), name
         default = None if option.default == () else option.default
         assert (default != known.default) == (name in OTHER_DEFAULTS), name

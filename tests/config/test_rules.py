@@ -161,7 +161,8 @@ TRAINER_CASES = [
         {"optimizer_type": "Prodigy", "learning_rate": 1.0, "network_args": ["target_rules=attn1 -> lr=1.0"]},
         "target_rules makes several",
     ),
-    ("networks_are_files", {"save_model_as": "diffusers"}, "a network is saved as a single file"),
+    ("only_embeddings_are_pickles", {"save_model_as": "pt"}, "only embeddings are written so"),
+    ("small_files_have_no_folder", {"save_model_as": "diffusers"}, "a network is saved as a single file"),
     ("output_is_named", {"output_dir": ""}, "output_dir is missing"),
     ("samples_need_prompts", {"sample_every_n_steps": 5}, "sample_every_n_steps needs sample_prompts"),
     (
@@ -191,6 +192,41 @@ FULL_CASES = [
         "something_has_a_rate",
         {"learning_rate": 0.0, "train_text_encoder": True, "learning_rate_te1": 0.0, "learning_rate_te2": 0.0},
         "nothing would train",
+    ),
+]
+TOKEN = {"train_tokens": True, "token_string": "zxq"}
+TOKEN_CASES = [
+    ("tokens_are_named", {"token_string": None}, "there is no token to train"),
+    ("tokens_are_named", {"token_string": "a b"}, "the token 'a b' has ' ' in it"),
+    ("tokens_are_named", {"token_string": "a/b"}, "has '/' in it"),
+    ("tokens_are_named", {"weights": __file__, "init_word": "cat"}, "starts from weights and from init_word"),
+    ("tokens_are_named", {"weights": "nowhere.pt"}, "weights nowhere.pt does not exist"),
+    ("tokens_are_named", {"init_word": "nowhere.safetensors"}, "init_word nowhere.safetensors does not exist"),
+    ("tokens_are_named", {"token_file": __file__}, "token_string cannot stand beside it"),
+    ("one_template", {"use_object_template": True, "use_style_template": True}, "are several templates"),
+    ("one_template", {"token_template_file": __file__}, "has no {}"),
+    (
+        "tokens_are_encoded_anew",
+        {"cache_text_encoder_outputs": True},
+        "cached captions do not learn",
+    ),
+    (
+        "token_norms_can_be_moved",
+        {"token_norm_decay": 0.1, "optimizer_type": "AdamWScheduleFree"},
+        "cannot be used with AdamWScheduleFree",
+    ),
+    ("tokens_have_a_rate", {"learning_rate": 0.0}, "would leave the tokens as they are"),
+    ("small_files_have_no_folder", {"save_model_as": "diffusers"}, "an embedding is saved as a single file"),
+]
+PIVOTAL_CASES = [
+    ("tokens_are_asked_for", {"token_string": "zxq"}, "token_string cannot act without train_tokens"),
+    ("tokens_are_asked_for", {"bundle_tokens": True, "token_lr": 0.1}, "token_lr and bundle_tokens cannot act without"),
+    ("tokens_are_named", {**TOKEN, "token_string": "v1.0", "bundle_tokens": True}, "where a dot ends its name"),
+    ("token_rate_fits", {**TOKEN, "token_lr": 0.0}, "token_lr 0 would leave the tokens"),
+    (
+        "token_rate_fits",
+        {**TOKEN, "token_lr": 0.5, "optimizer_type": "Prodigy", "learning_rate": 1.0},
+        "takes one learning rate",
     ),
 ]
 MERGED = {"network_module": ["networks.lora"], "network_weights": [__file__], "network_merge": True}
@@ -232,7 +268,7 @@ LLLITE_CASES = [
     ("conditions_are_no_masks", {"masked_loss": True}, "masked_loss cannot act"),
     ("regularisation_needs_conditions", {"reg_data_dir": "images"}, "reg_data_dir cannot act"),
     ("the_network_has_a_rate", {"learning_rate": 0.0}, "nothing would train"),
-    ("networks_are_files", {"save_model_as": "diffusers"}, "saved as a single file"),
+    ("small_files_have_no_folder", {"save_model_as": "diffusers"}, "saved as a single file"),
 ]
 
 
@@ -300,6 +336,18 @@ def test_rule_of_the_full_fine_tune_fires(problems_of, rule, changes, what):
     assert what in problem.what and problem.fix
 
 
+@pytest.mark.parametrize(("rule", "changes", "what"), TOKEN_CASES)
+def test_rule_of_textual_inversion_fires(problems_of, rule, changes, what):
+    (problem,) = problems_of(run="sdxl_train_textual_inversion", **{"token_string": "zxq", **changes})
+    assert what in problem.what and problem.fix
+
+
+@pytest.mark.parametrize(("rule", "changes", "what"), PIVOTAL_CASES)
+def test_rule_of_tokens_beside_a_network_fires(problems_of, rule, changes, what):
+    (problem,) = problems_of(**changes)
+    assert what in problem.what and problem.fix
+
+
 @pytest.mark.parametrize(("rule", "changes", "what"), GENERATOR_CASES)
 def test_generator_rule_fires(rule, changes, what):
     with pytest.raises(UserError) as caught:
@@ -309,7 +357,8 @@ def test_generator_rule_fires(rule, changes, what):
 
 
 def test_every_rule_has_a_case():
-    cases = {rule for rule, _, _ in TRAINER_CASES + FULL_CASES + GENERATOR_CASES + ADMIN_CASES + LLLITE_CASES}
+    every = (TRAINER_CASES, FULL_CASES, TOKEN_CASES, PIVOTAL_CASES, GENERATOR_CASES, ADMIN_CASES, LLLITE_CASES)
+    cases = {rule for group in every for rule, _, _ in group}
     assert {entry.check.__name__ for entry in validate.RULES} == cases
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.config.fields import FULL, LLLITE, NETWORK
+from library.config.fields import FULL
 from library.config.rules.rule import conflict, rule
 from library.config.run_config import RunConfig
 from library.errors import Problem
@@ -32,11 +32,3 @@ def something_has_a_rate(cfg: RunConfig) -> list[Problem]:
     if unet or text:
         return []
     return conflict(cfg, "every rate is 0, so nothing would train", "learning_rate", fix="set learning_rate above 0")
-
-
-@rule("save_model_as", runs=NETWORK | LLLITE)
-def networks_are_files(cfg: RunConfig) -> list[Problem]:
-    """A network has no diffusers folder."""
-    if cfg.save.save_model_as in (None, "safetensors"):
-        return []
-    return conflict(cfg, "a network is saved as a single file", "save_model_as", fix="set save_model_as to safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.inference.lora_tools.names import part_of, sd_scripts_name
+from library.io.bundled import bundled, bundled_keys
 from library.io.checkpoint_file import read_checkpoint
 from library.io.safetensors_file import TensorSource
 from library.log import get_logger
@@ -83,6 +84,8 @@ class LoraFile:
         for down_key, up_key, stem in self._pairs():
             module = self._module(stem, down_key, up_key)
             self.modules[module.name] = module
+        if tokens := bundled(self.source):
+            log.warning("%s: the embeddings in it are left out: %s", path, ", ".join(sorted(tokens)))
         missing = sum(module.alpha_key not in self.source for module in self.modules.values())
         if missing:
             log.warning("%s: %d of %d modules have no alpha: the rank is used", path, missing, len(self.modules))
@@ -116,7 +119,8 @@ class LoraFile:
     def _pairs(self) -> Iterator[tuple[str, str, str]]:
         """(down key, up key, module name); every tensor must have a place."""
         seen: set[str] = set()
-        for key in self.source:
+        tokens = frozenset(bundled_keys(self.source))
+        for key in (key for key in self.source if key not in tokens):
             ends = next((pair for pair in SPELLINGS if key.endswith(pair)), None)
             if ends is None:
                 if not key.endswith(".alpha"):

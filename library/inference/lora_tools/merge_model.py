@@ -19,6 +19,7 @@ from library.errors import UserError
 from library.inference.lora_tools.files import LoraFile, named_twice, refuse_foreign_part, stem_of
 from library.inference.lora_tools.model import StreamedModel
 from library.inference.lora_tools.report import ErrorSums
+from library.io.bundled import bundled_keys
 from library.io.checkpoint_file import read_checkpoint
 from library.io.modelspec import modelspec_metadata
 from library.io.safetensors_file import ComputedTensors, TensorSource, save
@@ -92,7 +93,8 @@ class _OpenNetwork:
         self.kind: ModuleType = load_plugin("networks", name)
         self.keys: dict[str, dict[str, str]] = {}  # target -> tail -> key
         self._lora = LoraFile(source.path, stack).renamed() if name == "networks.lora" else {}
-        for key in self._tensors:
+        tokens = frozenset(bundled_keys(self._tensors))
+        for key in (key for key in self._tensors if key not in tokens):
             refuse_foreign_part(key.partition(".")[0], self.where)
             if not torch.isfinite(self._tensors[key].float()).all():
                 raise UserError(f"{key} holds NaN or infinity", self.where, "the file is broken: use an earlier save")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.config.tokens import PivotalOptions, TokenOptions
 from tests.e2e.options.observing import Look, Seen, files, headers, lines, numbers
 
 NETWORK, FULL = "sdxl_train_network", "sdxl_train"
@@ -296,6 +297,10 @@ ELSEWHERE = {
     "log_every_n_steps": "tests/training/test_metrics.py",
     "max_nonfinite_steps": "tests/e2e/test_watching.py",
     "ema_device": "tests/training/test_ema.py",
+    **dict.fromkeys(
+        (*TokenOptions.model_fields, *PivotalOptions.model_fields),
+        "tests/e2e/test_textual_inversion.py, tests/training/test_new_tokens.py, tests/config/test_tokens.py",
+    ),
     **dict.fromkeys(
         ("log_tracker_name", "log_tracker_config", "wandb_run_name", "wandb_api_key", "log_config"),
         "tests/training/test_trackers.py",
