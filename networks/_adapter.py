@@ -99,7 +99,7 @@ class _Patch:
             # A multiplier of 0 leaves the base's output exactly as it is.
             if adapter.enabled and adapter.multiplier != 0:
                 delta = adapter.forward_delta_from(_input_for(adapter, x), base_output)
-                out = out + (delta * adapter.multiplier).to(out.dtype)
+                out = torch.add(out, delta.to(out.dtype), alpha=adapter.multiplier)
         return out
 
     def remove(self) -> None:

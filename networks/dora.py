@@ -40,14 +40,11 @@ class DoraAdapter(LoraAdapter):
 
     def forward_delta(self, x: Tensor) -> Tensor:
         """W'x - Wx."""
-        return self._delta(x, self._base_product(x))
+        return self._delta(x, self._base_product(x), None)
 
     def forward_delta_from(self, x: Tensor, base_output: Tensor) -> Tensor:
         """W'x - Wx, Wx taken from the base's output."""
-        bias = self.base.bias
-        if bias is not None:
-            base_output = base_output - (bias.view(-1, 1, 1) if isinstance(self.base, nn.Conv2d) else bias)
-        return self._delta(x, base_output)
+        return self._delta(x, base_output, self.base.bias)
 
     def delta_weight(self) -> Tensor:
         """W' - W as a float32 weight of the base's shape."""
@@ -65,19 +62,30 @@ class DoraAdapter(LoraAdapter):
         """Take over a file's tensors; the norms that they came from are not in it."""
         super().load_file_tensors({**values, "dora_scale": values["dora_scale"].float()})
 
-    def _delta(self, x: Tensor, product: Tensor) -> Tensor:
+    def _delta(self, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:
+        """W'x - Wx from the base's output and the bias that is in it."""
         if self.is_skipped():
             return self.untouched()
         factor = self._factor()
         if self.on_output:
-            # (out, 1...) of a weight is (out,) of a linear's output and (out, 1, 1) of a convolution's.
-            factor = factor.flatten() if isinstance(self.base, nn.Linear) else factor.view(-1, 1, 1)
-            h, scale = self.dropped(self.lora_down(x))
-            change = (factor - 1.0).to(product.dtype)
-            return change * product + factor.to(product.dtype) * (self.lora_up(h) * scale)
+            return self._delta_on_output(x, output, bias, factor)
         factor = factor.flatten() if isinstance(self.base, nn.Linear) else factor.view(1, -1, 1, 1)
         h, scale = self.dropped(self.lora_down(x * factor.to(x.dtype)))
-        return self._base_product(x * (factor - 1.0).to(x.dtype)) + self.lora_up(h) * scale
+        return self._base_product(x * (factor - 1.0).to(x.dtype)) + self.lora_up(h * scale)
+
+    def _delta_on_output(self, x: Tensor, output: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+        """f s B A x - (f - 1) b + (f - 1) (W x + b): factors and bias enter as weights, so that only one product and
+        one sum are as large as the output."""
+        h, scale = self.dropped(self.lora_down(x))
+        up = self.lora_up.weight
+        up = (up * factor.view(-1, *[1] * (up.ndim - 1))).to(up.dtype)
+        change = factor.flatten() - 1.0
+        shift = None if bias is None else (-change * bias).to(up.dtype)
+        if isinstance(self.base, nn.Linear):
+            low = F.linear(h * scale, up, shift)
+        else:
+            low, change = F.conv2d(h * scale, up, shift), change.view(-1, 1, 1)
+        return torch.addcmul(low, output.to(low.dtype), change.to(low.dtype))
 
     def _factor(self) -> Tensor:
         """m / |W + s B A| in dora_scale's shape; differentiable in m only."""

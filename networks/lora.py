@@ -72,7 +72,7 @@ class LoraAdapter(Adapter):
         if self.is_skipped():
             return self.untouched()
         h, scale = self.dropped(self.lora_down(x))
-        return self.lora_up(h) * scale
+        return self.lora_up(h * scale)  # on r numbers a token, not on all outputs
 
     def is_skipped(self) -> bool:
         """Whether module dropout leaves this call out; drawn anew at each call."""

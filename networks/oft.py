@@ -56,7 +56,7 @@ class OftAdapter(Adapter):
             norm = skew.norm()
             skew = skew * ((norm.clamp(max=self.limit) + 1e-8) / (norm + 1e-8))
             eye = torch.eye(skew.shape[1], device=skew.device)
-            return torch.linalg.solve(eye - skew, 2 * skew)
+            return _solve(eye - skew, 2 * skew)
 
     def forward_delta(self, x: Tensor) -> Tensor:
         """W'x - Wx."""
@@ -85,6 +85,18 @@ class OftAdapter(Adapter):
         grouped = last.unflatten(-1, (change.shape[0], change.shape[1]))
         turned = torch.einsum("...kn,knm->...km", grouped, change).flatten(-2)
         return turned.movedim(-1, 1) if y.ndim == 4 else turned
+
+
+# Above it blocks are solved one by one on a CPU: PyTorch's batched solver there fails with several threads (oneMKL
+# refuses blocks of 160 in a batch of 4, and the call never returns).
+_MAX_BATCHED_ON_CPU = 64
+
+
+def _solve(a_KNN: Tensor, b_KNN: Tensor) -> Tensor:
+    """a^-1 b of every block, (num_blocks, b, b)."""
+    if a_KNN.device.type == "cpu" and a_KNN.shape[1] > _MAX_BATCHED_ON_CPU:
+        return torch.stack([torch.linalg.solve(a, b) for a, b in zip(a_KNN, b_KNN, strict=True)])
+    return torch.linalg.solve(a_KNN, b_KNN)
 
 
 def create(

@@ -12,7 +12,7 @@ def the_model_does_not_know_the_concept(tmp_path_factory):
 
 @pytest.mark.e2e
 def test_a_lora_learns_the_new_concept(tmp_path):
-    assert share_after(tmp_path, seed=1, steps=200) > 0.05
+    assert share_after(tmp_path, seed=1, steps=120) > 0.05
 
 
 @pytest.mark.e2e

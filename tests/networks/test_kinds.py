@@ -169,6 +169,17 @@ def test_oft_rotates_each_block_of_outputs(module):
     torch.testing.assert_close(after.T @ after, before.T @ before)
 
 
+def test_large_oft_blocks_are_solved_one_by_one_on_a_cpu(monkeypatch):
+    """The batched solver of PyTorch's CPU build never returns for them when it has several threads."""
+    adapter, solve, shapes = filled_oft(nn.Linear(8, 160), size=0.01), torch.linalg.solve, []
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: shapes.append(a.shape) or solve(a, b))
+    alone = adapter.rotation_change()
+    assert shapes == [(80, 80)] * 2
+    monkeypatch.setattr(oft, "_MAX_BATCHED_ON_CPU", 80)
+    torch.testing.assert_close(adapter.rotation_change(), alone)
+    assert shapes[2:] == [(2, 80, 80)]
+
+
 def test_oft_holds_the_norm_of_all_blocks_at_alpha_times_outputs():
     module = nn.Linear(6, 8)
     adapter = filled_oft(module, alpha=0.01, size=1.0)
