@@ -22,7 +22,12 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without CUDA; torch is asked only when there are any."""
+    """Order and skip.
+
+    Long files come first, so that what is left for the end is short and all workers end together. Tests marked `gpu`
+    are skipped on a machine without CUDA; torch is asked only when there are any.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

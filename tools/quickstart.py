@@ -170,7 +170,7 @@ def test(arguments: list[str]) -> None:
     """Run pytest with one worker per core and one thread each; `arguments` go to pytest."""
     python = environment(development=True)
     workers = str(min(cores(), MOST_WORKERS))
-    command = [python, "-m", "pytest", "-n", workers, "--dist", "loadfile", *arguments]
+    command = [python, "-m", "pytest", "-n", workers, "--dist", "loadfile", "--no-loadscope-reorder", *arguments]
     run("tests", command, {"OMP_NUM_THREADS": "1"})
 
 
