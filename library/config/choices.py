@@ -8,10 +8,37 @@ from library.plugins import list_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SAMPLERS = (
+# sd-scripts' samplers by its names; those with k_ are the same as those without, dpmsolver++ is dpmpp_2m.
+_SD_SCRIPTS_SAMPLERS = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
+_SPREADS = ("karras", "exponential")
+# Samplers that step in sigma and can take sigmas spread in another way, by a suffix: euler_karras.
+_SPREAD_SAMPLERS = (
+    "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc",
+)  # fmt: skip
+SAMPLERS = (
+    *_SD_SCRIPTS_SAMPLERS, "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "lcm",
+    *(f"{name}_{spread}" for spread in _SPREADS for name in _SPREAD_SAMPLERS),
+)  # fmt: skip
+# Those that can draw a model of rectified flow.
+FLOW_SAMPLERS = ("euler", "k_euler", "ddim", "dpmsolver++", "dpmsingle", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+_ETA_SAMPLERS = {"ddim": 0.0, "euler_a": 1.0, "dpmpp_sde": 1.0}
+
+
+def split_sampler(name: str) -> tuple[str, str | None]:
+    """The sampler that a name of SAMPLERS stands for, by its one name, and how its sigmas are spread (None: evenly)."""
+    basic, _, spread = name.rpartition("_")
+    if spread not in _SPREADS:
+        basic, spread = name, ""
+    return {"dpmsolver++": "dpmpp_2m"}.get(basic, basic.removeprefix("k_")), spread or None
+
+
+def default_eta(name: str) -> float | None:
+    """The share of noise, 0 to 1, that a sampler adds when nothing is said; None for samplers that have no eta."""
+    return _ETA_SAMPLERS.get(split_sampler(name)[0])
+
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "rectified_flow")
 

@@ -46,10 +46,27 @@ class GenerateOptions(ConsoleOptions):
     H: int | None = option(None, "height in pixels (unset: 1024, or the size that the model was made for)", ge=8)
     steps: int = option(50, "sampling steps", ge=1, le=1000)
     scale: float = option(7.5, "strength of guidance by the prompt; 1 and below: none")
+    negative_scale: float | None = option(
+        None,
+        "strength of guidance away from the negative prompt, measured from no prompt at all; costs half as much time "
+        "again (unset: the negative prompt takes the place of no prompt, which is the same as scale - 1)",
+    )
+    guidance_rescale: float = option(
+        0.0,
+        "how far guidance is kept from raising contrast, 0 to 1; 0.7 is usual for models with zero terminal SNR",
+        ge=0,
+        le=1,
+    )
     seed: int | None = option(
         None, "seed; with several pictures it seeds the list of their seeds (unset: random)", ge=0, lt=2**63
     )
-    sampler: str = option("ddim", "sampler", choices=SAMPLERS)
+    sampler: str = option("ddim", "sampler; a suffix says how its noise levels are spread", choices=SAMPLERS)
+    eta: float | None = option(
+        None,
+        "share of the noise that a sampler adds while it draws (unset: 0 for ddim, 1 for euler_a and dpmpp_sde)",
+        ge=0,
+        le=1,
+    )
     n_iter: int = option(1, "how often the whole list of prompts is gone through", ge=1)
     images_per_prompt: int = option(1, "pictures per prompt", ge=1)
     batch_size: int = option(1, "pictures that are drawn at once", ge=1)

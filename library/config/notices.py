@@ -243,6 +243,10 @@ def _averages(cfg: RunConfig) -> Iterator[str]:
 def _generation(cfg: RunConfig) -> Iterator[str]:
     if cfg.generate.prompt and cfg.generate.from_file:
         yield "prompt is ignored: the prompts come from from_file"
+    if cfg.generate.scale <= 1:
+        for name in ("negative_scale", "guidance_rescale"):
+            if cfg.get(name):
+                yield f"{name} has no effect on prompts without guidance: scale is {cfg.generate.scale:g}, not above 1"
     if cfg.generate.sdpa and cfg.generate.xformers:
         yield "sdpa and xformers are both set: xformers is used"
 

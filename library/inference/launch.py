@@ -1,7 +1,7 @@
 """From requests to pictures: encodes prompts, batches what can be drawn together, denoises, decodes."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from library.diffusion.conditioning import TextCond
 from library.inference.controls import Controls
 from library.inference.denoise import denoise
-from library.inference.guidance import guided
+from library.inference.guidance import Branch, Guidance, guided
 from library.inference.network_set import at_strengths
 from library.inference.prompt_line import CELL, MAX_SEED, GenRequest
 from library.inference.samplers import make_scheduler, start_noise
@@ -110,7 +110,11 @@ def _denoised(
     first = batch[0]
     device = bundle.unet.device
     scheduler = make_scheduler(
-        first.sampler, prediction_type=bundle.prediction_type, steps=first.steps, schedule=bundle.schedule
+        first.sampler,
+        prediction_type=bundle.prediction_type,
+        steps=first.steps,
+        schedule=bundle.schedule,
+        eta=first.eta,
     )
     seeds = [secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed for request in batch]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -120,20 +124,18 @@ def _denoised(
         before_call()
         return sdxl.predict(bundle.unet, x, t_B, text, sizes_B6)
 
-    def rows(negative: bool) -> tuple[TextCond, Tensor]:
-        text = TextCond.cat([conditioning.text(request, negative=negative) for request in batch])
+    def branch(negative: bool, rows: Callable[[GenRequest], TextCond]) -> Branch:
+        text = TextCond.cat([rows(request) for request in batch])
         sizes = [request.size_ids(negative=negative) for request in batch]
-        return text.to(device), torch.tensor(sizes, dtype=torch.float32, device=device)
+        return Branch(text.to(device), torch.tensor(sizes, dtype=torch.float32, device=device))
 
-    positive, positive_sizes = rows(False)
-    negative, negative_sizes = rows(True) if first.scale > 1 else (None, positive_sizes)
+    with_negative, with_neutral = first.scale > 1, first.scale > 1 and first.negative_scale is not None
     predict = guided(
         model,
-        positive=positive,
-        positive_sizes_B6=positive_sizes,
-        negative=negative,
-        negative_sizes_B6=negative_sizes,
-        scale=first.scale,
+        positive=branch(False, conditioning.text),
+        negative=branch(True, lambda request: conditioning.text(request, negative=True)) if with_negative else None,
+        neutral=branch(True, conditioning.neutral) if with_neutral else None,
+        guidance=Guidance(first.scale, first.negative_scale, first.guidance_rescale),
     )
     calls = len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
     advance = len(batch) * first.steps / calls

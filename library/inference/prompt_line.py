@@ -26,7 +26,7 @@ MAX_SEED = 2**31 - 1
 class GenRequest:
     """One picture: what, how large, how.
 
-    seed None: a random one. original_*, crop_* are the size ids that the model is told, None meaning the output size
+    seed None: a random one. eta None: the sampler's own. negative_scale None: plain guidance (guidance.Guidance). original_*, crop_* are the size ids that the model is told, None meaning the output size
     and 0; original_*_negative those of the negative branch, None meaning the positive branch's. network_muls: the
     strengths of the networks, None meaning as loaded. control: paths of the control images. seeds: what `--d` gave for
     the pictures of this prompt. raw: the whole line.
@@ -39,6 +39,9 @@ class GenRequest:
     scale: float = 7.5
     seed: int | None = None
     sampler: str = "ddim"
+    eta: float | None = None
+    negative_scale: float | None = None
+    guidance_rescale: float = 0.0
     original_width: int | None = None
     original_height: int | None = None
     original_width_negative: int | None = None

@@ -16,6 +16,7 @@ from library.inference.launch import encode_requests, generate
 from library.inference.network_set import check_strengths, load_set
 from library.inference.prediction import settle
 from library.inference.prompt_line import CELL, MAX_SEED, GenRequest, parse_line, read_lines
+from library.inference.samplers import make_scheduler
 from library.inference.texts import TextForm
 from library.inference.writer import PictureWriter
 from library.log import get_logger
@@ -43,7 +44,13 @@ def run(cfg: "RunConfig") -> list[Path]:
     networks = load_set(bundle, options)
     add_words(bundle, words)
     defaults = GenRequest(
-        size=_size(options, bundle), steps=options.steps, scale=options.scale, sampler=options.sampler
+        size=_size(options, bundle),
+        steps=options.steps,
+        scale=options.scale,
+        sampler=options.sampler,
+        eta=options.eta,
+        negative_scale=options.negative_scale,
+        guidance_rescale=options.guidance_rescale,
     )
     pictures = plan(
         [parse_line(line, defaults) for line in lines],
@@ -53,6 +60,7 @@ def run(cfg: "RunConfig") -> list[Path]:
     )
     requests = with_guides(list(pictures), guides)
     check_strengths(requests, networks, merged=bool(options.network_weights))
+    _check_samplers(requests, bundle)
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
     form = TextForm("generate", options.max_embeddings_multiples or 1)
     conditioning = encode_requests(bundle, requests, text_form=form, networks=networks)
@@ -97,6 +105,13 @@ def plan(
                 else:
                     chosen = seed if total == 1 else stream.randint(0, MAX_SEED)
                 yield replace(prompt, seed=chosen)
+
+
+def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
+    """Raise UserError for a picture that its sampler cannot draw, before any is drawn."""
+    kind, table = bundle.prediction_type, bundle.schedule
+    for sampler, steps, eta in dict.fromkeys((request.sampler, request.steps, request.eta) for request in requests):
+        make_scheduler(sampler, prediction_type=kind, steps=steps, schedule=table, eta=eta)
 
 
 def _load(cfg: "RunConfig") -> ModelBundle:

@@ -26,7 +26,7 @@ class TextForm:
     max_chunks: int = 1
 
 
-_Key = tuple[str, str | None, tuple[float, ...] | None]
+_Key = tuple[str, tuple[str, ...], tuple[float, ...] | None]
 
 
 @dataclass
@@ -38,7 +38,11 @@ class Conditioning:
 
     def text(self, request: GenRequest, *, negative: bool = False) -> TextCond:
         """The row (1, T, D) and (1, P) of a request's prompt or negative prompt."""
-        return self.rows[self._key(request, negative)]
+        return self.rows[self._key(request, request.negative if negative else request.prompt)]
+
+    def neutral(self, request: GenRequest) -> TextCond:
+        """The row of the empty text, for a request with a negative_scale."""
+        return self.rows[self._key(request, "")]
 
     def num_positions(self, request: GenRequest) -> int:
         """T of a request's rows: only equal ones go into one batch."""
@@ -46,8 +50,7 @@ class Conditioning:
 
     def add(self, bundle: ModelBundle, request: GenRequest) -> None:
         """Encode what is not there yet, with the model as it is now."""
-        branches = (False, True) if request.scale > 1 else (False,)
-        keys = {self._key(request, negative): _words(request, negative) for negative in branches}
+        keys = {self._key(request, words): words for words in _branches(request)}
         if self._pairs:
             if not keys.keys() <= self.rows.keys():
                 both = self._encode(bundle, list(keys.values()))
@@ -59,12 +62,11 @@ class Conditioning:
 
     @property
     def _pairs(self) -> bool:
-        """Whether a prompt's number of chunks depends on its negative and the other way round."""
+        """Whether a prompt's number of chunks depends on its other branches and the other way round."""
         return self.form.kind == "generate" and self.form.max_chunks > 1
 
-    def _key(self, request: GenRequest, negative: bool) -> _Key:
-        other = _words(request, not negative) if self._pairs and request.scale > 1 else None
-        return _words(request, negative), other, request.network_muls
+    def _key(self, request: GenRequest, words: str) -> _Key:
+        return words, _branches(request) if self._pairs else (), request.network_muls
 
     def _encode(self, bundle: ModelBundle, words: list[str]) -> TextCond:
         for text in words:
@@ -86,5 +88,8 @@ class Conditioning:
             logger.warning("a prompt has about %d tokens, of which %d are read (%s): %s", tokens, room, option, text)
 
 
-def _words(request: GenRequest, negative: bool) -> str:
-    return request.negative if negative else request.prompt
+def _branches(request: GenRequest) -> tuple[str, ...]:
+    """The texts that guidance needs: the prompt, its negative, and for a negative_scale the empty one."""
+    if request.scale <= 1:
+        return (request.prompt,)
+    return (request.prompt, request.negative, *([] if request.negative_scale is None else [""]))

@@ -12,7 +12,12 @@ from library.io.atomic import atomic_path
 
 
 def png_text(request: GenRequest) -> dict[str, str]:
-    """The text chunks of a picture, under sd-scripts' keys; size ids that were not given are "None"."""
+    """The text chunks of a picture, under sd-scripts' keys; size ids that were not given are "None".
+
+    eta and guidance-rescale, which sd-scripts does not have, and negative-scale are there when they were given.
+    """
+    given = {"eta": request.eta, "negative-scale": request.negative_scale}
+    given |= {"guidance-rescale": request.guidance_rescale or None}
     return {
         "prompt": request.prompt,
         "seed": str(request.seed),
@@ -27,6 +32,7 @@ def png_text(request: GenRequest) -> dict[str, str]:
         "original-width-negative": str(request.original_width_negative),
         "crop-top": str(request.crop_top),
         "crop-left": str(request.crop_left),
+        **{key: str(value) for key, value in given.items() if value is not None},
     }
 
 

@@ -232,6 +232,23 @@ PIVOTAL_CASES = [
 MERGED = {"network_module": ["networks.lora"], "network_weights": [__file__], "network_merge": True}
 GENERATOR_CASES = [
     ("checkpoint_is_named", {"ckpt": ""}, "ckpt is missing"),
+    (
+        "sampler_can_draw_the_model",
+        {"sampler": "unipc_karras", "prediction_type": "rectified_flow"},
+        "unipc_karras cannot draw a model of rectified flow",
+    ),
+    (
+        "sampler_can_draw_the_model",
+        {"sampler": "euler_karras", "zero_terminal_snr": True},
+        "euler_karras cannot draw a model with zero terminal SNR",
+    ),
+    (
+        "sampler_can_draw_the_model",
+        {"sampler": "pndm", "zero_terminal_snr": True},
+        "pndm cannot draw a model with zero terminal SNR",
+    ),
+    ("eta_has_a_sampler", {"eta": 0.5, "sampler": "heun"}, "heun has no eta"),
+    ("eta_has_a_sampler", {"eta": 0.5, "prediction_type": "rectified_flow"}, "eta cannot act on rectified flow"),
     ("prompt_is_there", {"prompt": None}, "there is no prompt"),
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     ("networks_match", {"network_module": ["networks.lora"]}, "names 1 and network_weights 0"),

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from library.config.choices import FLOW_SAMPLERS, SAMPLERS
 from library.errors import UserError
 from library.inference import launch, samplers
 from library.inference.denoise import denoise
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffuse
 
 SPREAD = 0.5
 ZERO_SNR = schedule_for("v_prediction", zero_terminal_snr=True)
-BASIC = ("ddim", "lms", "euler", "heun", "dpm_2", "dpmsolver", "dpmsolver++", "dpmsingle", "euler_a", "dpm_2_a")
-ANCESTRAL = ("euler_a", "dpm_2_a")
+ANCESTRAL = ("euler_a", "dpm_2_a", "dpmpp_2m_sde", "dpmpp_sde")
+BASIC = ("ddim", "lms", "euler", "heun", "dpm_2", "dpmsolver", "dpmpp_2m", "dpmsingle", "unipc", *ANCESTRAL)
 
 
 def velocity(x, t):
@@ -80,7 +81,15 @@ def test_what_cannot_start_from_noise_is_refused():
         return samplers.make_scheduler(name, prediction_type=kind, steps=steps, schedule=ZERO_SNR)
 
     # pndm's Runge-Kutta start fails at pure noise, and a noise prediction says nothing there.
-    for name, kind, steps in (("pndm", "v_prediction", 30), ("dpmsingle", "epsilon", 30), ("ddim", "epsilon", 1)):
+    # From there, spread sigmas would be nearly all of them noise.
+    for name, kind, steps in (
+        ("pndm", "v_prediction", 30),
+        ("dpmsingle", "epsilon", 30),
+        ("lcm", "epsilon", 4),
+        ("ddim", "epsilon", 1),
+        ("dpmpp_2m_karras", "v_prediction", 30),
+        ("euler_exponential", "epsilon", 30),
+    ):
         with pytest.raises(UserError, match=r"zero terminal SNR|pure noise"):
             make(name, kind, steps)
     for name in BASIC:
@@ -89,29 +98,36 @@ def test_what_cannot_start_from_noise_is_refused():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("name", samplers.FLOW_NAMES)
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
 def test_rectified_flow_is_solved(name, shift):
     schedule = schedule_for("rectified_flow", flow_shift=shift)
-    noise, result = draw(name, steps=200, kind="rectified_flow", schedule=schedule)
-    assert (result / noise - SPREAD).abs().max() < 0.02
+    if name == "dpmpp_2m_sde":
+        shape = {"seeds": range(4), "shape": (4, 32, 32)}
+        _, result = draw(name, steps=200, kind="rectified_flow", schedule=schedule, **shape)
+        assert abs(float(result.std()) - SPREAD) < 0.03 and abs(float(result.mean())) < 0.02
+    else:
+        noise, result = draw(name, steps=200, kind="rectified_flow", schedule=schedule)
+        assert (result / noise - SPREAD).abs().max() < 0.02
     scheduler = samplers.make_scheduler(name, prediction_type="rectified_flow", steps=7, schedule=schedule)
     torch.testing.assert_close(scheduler.timesteps.double(), scheduler.sigmas[:-1].double() * 1000, rtol=1e-6, atol=0)
+    with pytest.raises(UserError, match="eta"):
+        samplers.make_scheduler(name, prediction_type="rectified_flow", steps=7, schedule=schedule, eta=0.5)
     even = torch.linspace(1, 1 / 7, 7)
     if name in ("euler", "ddim"):
         torch.testing.assert_close(scheduler.sigmas[:-1], shift * even / (1 + (shift - 1) * even))
 
 
 def test_one_step_of_flow_is_the_mean_of_the_data():
-    for name in samplers.FLOW_NAMES:
+    for name in FLOW_SAMPLERS:
         noise, result = draw(name, steps=1, kind="rectified_flow", schedule=schedule_for("rectified_flow"))
         assert result.abs().max() < 0.01 * noise.abs().max()
 
 
-@pytest.mark.parametrize("name", sorted(set(samplers.NAMES) - set(samplers.FLOW_NAMES)))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - set(FLOW_SAMPLERS)))
 def test_samplers_that_cannot_flow_are_refused_with_those_that_can(name):
     with pytest.raises(UserError) as caught:
         samplers.make_scheduler(name, prediction_type="rectified_flow", steps=30)
-    assert name in str(caught.value) and "euler, k_euler, ddim, dpmsolver++, dpmsingle" in str(caught.value)
+    assert name in str(caught.value) and "euler, k_euler, ddim, dpmsolver++, dpmsingle, dpmpp_2m" in str(caught.value)
 
 
 class FlowEuler(diffusers.FlowMatchEulerDiscreteScheduler):

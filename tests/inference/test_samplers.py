@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from library.config.choices import SAMPLERS
+from library.config.choices import SAMPLERS, default_eta, split_sampler
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.inference import samplers
@@ -13,8 +13,11 @@ from library.inference.denoise import denoise
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and NumPy 2
 
 SPREAD = 0.5
-DETERMINISTIC = ("ddim", "pndm", "lms", "euler", "heun", "dpm_2", "dpmsolver", "dpmsolver++", "dpmsingle")
-BASIC = (*DETERMINISTIC, "euler_a", "dpm_2_a")  # the others are second names of these
+DETERMINISTIC = ("ddim", "pndm", "lms", "euler", "heun", "dpm_2", "dpmsolver", "dpmpp_2m", "dpmsingle", "unipc")
+ANCESTRAL = ("euler_a", "dpm_2_a", "dpmpp_2m_sde", "dpmpp_sde")
+BASIC = (*DETERMINISTIC, *ANCESTRAL, "lcm")  # the others are second names of these, or have their sigmas spread
+SPREAD_OUT = tuple(name for name in SAMPLERS if split_sampler(name)[1])
+SLOW = ("heun", "dpm_2", "dpm_2_a")  # to set up
 ALPHAS = NoiseSchedule.scaled_linear().alphas_cumprod_N
 
 
@@ -39,19 +42,25 @@ def gaussian_velocity_prediction(x, t):
     return (a.sqrt() * noise - (1 - a).sqrt() * x0).float()
 
 
-def draw(name, *, steps, seeds=(0, 1), prediction_type="epsilon", shape=(4, 8, 8)):
+def draw(name, *, steps, seeds=(0, 1), prediction_type="epsilon", shape=(4, 8, 8), eta=None):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    scheduler = samplers.make_scheduler(name, prediction_type=prediction_type, steps=steps)
+    scheduler = samplers.make_scheduler(name, prediction_type=prediction_type, steps=steps, eta=eta)
     predict = gaussian_noise_prediction if prediction_type == "epsilon" else gaussian_velocity_prediction
     return denoise(predict, samplers.start_noise(generators, shape), scheduler, generators=generators)
 
 
 def test_the_names_are_those_that_the_options_accept():
-    assert set(samplers.NAMES) == set(SAMPLERS)
-    assert set(SAMPLERS) - set(BASIC) == {"k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"}
+    second_names = {"k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a", "dpmsolver++"}
+    assert set(SAMPLERS) - set(BASIC) - set(SPREAD_OUT) == second_names
+    assert len(SAMPLERS) == len(set(SAMPLERS)) and len(SPREAD_OUT) == 20
+    for name in SAMPLERS:
+        if split_sampler(name)[0] in SLOW:
+            continue
+        scheduler = samplers.make_scheduler(name, prediction_type="epsilon", steps=7)
+        assert getattr(scheduler, "eta", None) == default_eta(name)
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *(n for n in SPREAD_OUT if split_sampler(n)[0] in DETERMINISTIC)])
 def test_deterministic_samplers_solve_the_gaussian_problem(name):
     """The exact flow of normal data scales the start noise by SPREAD (times a factor near 1 for the finite start)."""
     noise = samplers.start_noise([torch.Generator().manual_seed(seed) for seed in (0, 1)], (4, 8, 8))
@@ -60,9 +69,13 @@ def test_deterministic_samplers_solve_the_gaussian_problem(name):
     assert error.abs().max() < 0.03
 
 
-@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
-def test_ancestral_samplers_end_with_the_spread_of_the_data(name):
-    result = draw(name, steps=200, seeds=range(4), shape=(4, 32, 32))
+@pytest.mark.parametrize(
+    ("name", "eta"),
+    [(name, None) for name in (*ANCESTRAL, *(n for n in SPREAD_OUT if split_sampler(n)[0] in ANCESTRAL))]
+    + [("ddim", 1.0), ("ddim", 0.4), ("euler_a", 0.4), ("dpmpp_sde", 0.4)],
+)
+def test_samplers_with_noise_end_with_the_spread_of_the_data(name, eta):
+    result = draw(name, steps=200, seeds=range(4), shape=(4, 32, 32), eta=eta)
     assert abs(float(result.std()) - SPREAD) < 0.03 and abs(float(result.mean())) < 0.02
 
 
@@ -75,7 +88,8 @@ def test_velocity_and_noise_models_give_the_same_picture(name):
 @pytest.mark.parametrize(
     ("name", "steps"),
     [(name, steps) for name in BASIC if name != "pndm" for steps in (1, 2, 3)]
-    + [(name, 1000) for name in BASIC if name not in ("heun", "dpm_2", "dpm_2_a")],
+    + [(name, steps) for name in SPREAD_OUT if split_sampler(name)[0] not in SLOW for steps in (1, 2)]
+    + [(name, 1000) for name in BASIC if name not in (*SLOW, "lcm")],
 )
 def test_few_and_all_steps_give_finite_pictures(name, steps):
     result = draw(name, steps=steps, seeds=(0,), shape=(1, 2, 2))
@@ -87,8 +101,13 @@ def test_few_and_all_steps_give_finite_pictures(name, steps):
 def test_too_few_steps_and_unknown_names_are_refused():
     with pytest.raises(UserError):
         samplers.make_scheduler("pndm", prediction_type="epsilon", steps=3)
-    with pytest.raises(UserError):
-        samplers.make_scheduler("eular", prediction_type="epsilon", steps=3)
+    with pytest.raises(UserError, match="lcm cannot do 51 steps"):
+        samplers.make_scheduler("lcm", prediction_type="epsilon", steps=51)
+    for name in ("eular", "ddim_karras", "karras"):
+        with pytest.raises(UserError, match="is not a sampler"):
+            samplers.make_scheduler(name, prediction_type="epsilon", steps=3)
+    with pytest.raises(UserError, match="heun has no eta"):
+        samplers.make_scheduler("heun", prediction_type="epsilon", steps=3, eta=0.5)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 11])
@@ -104,15 +123,19 @@ def test_lms_equals_diffusers_quadrature(steps):
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "dpm_2_a"])
+@pytest.mark.parametrize("name", [*BASIC, "dpmpp_sde_karras", "unipc_exponential"])
 def test_a_picture_does_not_depend_on_its_place_or_its_neighbours(name):
     alone = draw(name, steps=6, seeds=(7,))[0]
-    assert torch.equal(draw(name, steps=6, seeds=(7, 1, 2))[0], alone)
-    assert torch.equal(draw(name, steps=6, seeds=(3, 1, 7))[2], alone)
-    assert not torch.equal(draw(name, steps=6, seeds=(8,))[0], alone)
+    first, other, last = draw(name, steps=6, seeds=(7, 8, 7))
+    assert torch.equal(first, alone) and torch.equal(last, alone)
+    assert not torch.equal(other, alone)
 
 
-@pytest.mark.parametrize(("name", "draws"), [("euler", 0), ("ddim", 0), ("euler_a", 6), ("dpm_2_a", 11)])
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [("euler", 0), ("ddim", 0), ("unipc", 0), ("dpmpp_2m", 0), ("euler_a", 6), ("dpm_2_a", 11), ("dpmpp_sde", 10)]
+    + [("dpmpp_2m_sde", 6), ("lcm", 5)],
+)
 def test_a_seed_is_used_for_the_start_and_then_once_for_each_call(name, draws):
     """After the run the generator stands where 1 + draws latents have been taken from it."""
     generator = torch.Generator().manual_seed(5)

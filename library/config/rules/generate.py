@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.config.choices import FLOW_SAMPLERS, default_eta, split_sampler
 from library.config.fields import GENERATOR
 from library.config.rules.rule import conflict, rule
 from library.config.run_config import RunConfig
@@ -23,6 +24,38 @@ def prompt_is_there(cfg: RunConfig) -> list[Problem]:
     if cfg.generate.from_file or cfg.is_given("prompt"):
         return []
     return [Problem("there is no prompt", fix="give --prompt or --from_file")]
+
+
+@rule("sampler", "prediction_type", "v_parameterization", "zero_terminal_snr", runs=GENERATOR)
+def sampler_can_draw_the_model(cfg: RunConfig) -> list[Problem]:
+    """What the options say about the model fits the sampler; what the checkpoint says is only known when it is open."""
+    options, problems = cfg.generate, []
+    basic, spread = split_sampler(options.sampler)
+    if options.prediction_type == "rectified_flow" and options.sampler not in FLOW_SAMPLERS:
+        what, fix = f"{options.sampler} cannot draw a model of rectified flow", "take " + ", ".join(FLOW_SAMPLERS)
+        problems += conflict(cfg, what, "sampler", "prediction_type", fix=fix)
+    elif options.zero_terminal_snr and (basic == "pndm" or spread):
+        what = f"{options.sampler} cannot draw a model with zero terminal SNR"
+        fix = f"take {basic}" if spread else "take another sampler, such as ddim or euler_a"
+        problems += conflict(cfg, what, "sampler", "zero_terminal_snr", fix=fix)
+    return problems
+
+
+@rule("sampler", "eta", "prediction_type", runs=GENERATOR)
+def eta_has_a_sampler(cfg: RunConfig) -> list[Problem]:
+    """eta acts with samplers that add noise in a share of their own."""
+    options = cfg.generate
+    if options.eta is None or (default_eta(options.sampler) is not None and options.prediction_type != "rectified_flow"):
+        return []
+    flow = default_eta(options.sampler) is not None
+    what = "eta cannot act on rectified flow" if flow else f"{options.sampler} has no eta"
+    return conflict(
+        cfg,
+        what,
+        "eta",
+        "prediction_type" if flow else "sampler",
+        fix="remove eta" if flow else "remove eta, or take ddim, euler_a or dpmpp_sde",
+    )
 
 
 @rule("fp16", "bf16", runs=GENERATOR)

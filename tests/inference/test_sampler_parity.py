@@ -1,0 +1,78 @@
+"""The same prompt, seed, sampler and steps through diffusers' pipeline and here: the same picture."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from library.inference.launch import generate
+from library.inference.prompt_line import GenRequest
+from library.inference.samplers import start_noise
+from library.models.checkpoint import save_diffusers
+from library.sizes import Size
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+REQUEST = GenRequest(
+    prompt="a red circle on a blue background", negative="green", size=Size(64, 64), steps=5, scale=5.0, seed=1
+)
+MULTISTEP, KARRAS = diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}
+LIMIT = 1.0  # of 255, on average
+CASES = [
+    ("ddim", lambda: diffusers.DDIMScheduler(**SDXL, clip_sample=False, steps_offset=1), {}),
+    ("ddim", lambda: diffusers.DDIMScheduler(**SDXL, clip_sample=False, steps_offset=1), {"eta": 0.7}),
+    ("pndm", lambda: diffusers.PNDMScheduler(**SDXL, steps_offset=1), {}),
+    ("euler", lambda: diffusers.EulerDiscreteScheduler(**SDXL), {"guidance_rescale": 0.7}),
+    ("euler_a", lambda: diffusers.EulerAncestralDiscreteScheduler(**SDXL), {}),
+    ("euler_exponential", lambda: diffusers.EulerDiscreteScheduler(**SDXL, use_exponential_sigmas=True), {}),
+    ("heun", lambda: diffusers.HeunDiscreteScheduler(**SDXL), {}),
+    ("dpm_2_karras", lambda: diffusers.KDPM2DiscreteScheduler(**SDXL, **KARRAS), {}),
+    ("dpmsolver++", lambda: MULTISTEP(**SDXL), {}),
+    ("dpmpp_2m_karras", lambda: MULTISTEP(**SDXL, **KARRAS), {}),
+    ("dpmpp_2m_sde_karras", lambda: MULTISTEP(**SDXL, **KARRAS, algorithm_type="sde-dpmsolver++"), {}),
+    ("dpmsingle", lambda: diffusers.DPMSolverSinglestepScheduler(**SDXL), {}),
+    ("unipc", lambda: diffusers.UniPCMultistepScheduler(**SDXL), {}),
+    ("lcm", lambda: diffusers.LCMScheduler(**SDXL), {"scale": 1.0}),
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle, tmp_path_factory):
+    """diffusers' own pipeline, from a folder that the library wrote, on the CPU."""
+    folder = tmp_path_factory.mktemp("diffusers") / "tiny"
+    save_diffusers(bundle, folder)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, force_zeros_for_empty_prompt=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(("sampler", "scheduler", "how"), CASES, ids=[f"{name}-{how}" for name, _, how in CASES])
+def test_the_same_picture_as_diffusers_pipeline(bundle, pipeline, sampler, scheduler, how):
+    request = replace(REQUEST, sampler=sampler, **how)
+    pipeline.scheduler = scheduler()
+    generator = torch.Generator().manual_seed(request.seed)
+    theirs = pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative,
+        width=64,
+        height=64,
+        num_inference_steps=request.steps,
+        guidance_scale=request.scale,
+        guidance_rescale=request.guidance_rescale,
+        eta=request.eta or 0.0,
+        latents=start_noise([generator], (4, 8, 8)),
+        generator=generator,
+        output_type="np",
+    ).images[0]
+    ((_, picture),) = generate(bundle, [request])
+    ours = np.asarray(picture).astype(float)
+    difference = float(np.abs(ours - (theirs * 255).round()).mean())
+    SEEN.append((sampler, difference))
+    assert difference < LIMIT and ours.std() > 10
+
+
+SEEN: list = []
