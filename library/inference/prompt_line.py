@@ -26,8 +26,9 @@ MAX_SEED = 2**31 - 1
 class GenRequest:
     """One picture: what, how large, how.
 
-    seed None: a random one. eta None: the sampler's own. negative_scale None: plain guidance (guidance.Guidance). original_*, crop_* are the size ids that the model is told, None meaning the output size
-    and 0; original_*_negative those of the negative branch, None meaning the positive branch's. network_muls: the
+    seed None: a random one. original_*, crop_* are the size ids that the model is told, None meaning the output size
+    and 0; original_*_negative those of the negative branch, None meaning the positive branch's. eta None: the
+    sampler's own. negative_scale None: plain guidance (guidance.Guidance). network_muls: the
     strengths of the networks, None meaning as loaded. control: paths of the control images. seeds: what `--d` gave for
     the pictures of this prompt. raw: the whole line.
     """

@@ -154,7 +154,8 @@ def _flow_scheduler(name: str, *, steps: int, shift: float) -> Any:
             f"{name} cannot draw a model of rectified flow", "sampler", "choose one of " + ", ".join(FLOW_SAMPLERS)
         )
     basic, _ = split_sampler(name)
-    if basic in ("euler", "ddim"):  # DDIM of a rectified flow is Euler's method: both keep picture and noise and mix anew
+    # DDIM of a rectified flow is Euler's method: both keep the predicted picture and noise and mix them anew.
+    if basic in ("euler", "ddim"):
         euler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=_STEPS, shift=shift)
         euler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
         return euler

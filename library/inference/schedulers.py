@@ -168,7 +168,7 @@ def timesteps_of(scheduler: Any, sigmas: Tensor) -> Tensor:
 
 
 def _undo_rounding(scheduler: Any) -> None:
-    """Give the first stages of DPM-Solver-2 the timesteps of their sigmas, which diffusers rounds for Karras' sigmas."""
+    """Give the first stages of DPM-Solver-2 the timesteps of their sigmas, which diffusers rounds for Karras'."""
     if scheduler.config.use_karras_sigmas:
         sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])[: (len(scheduler.timesteps) + 1) // 2]
         scheduler.timesteps[::2] = timesteps_of(scheduler, sigmas).to(scheduler.timesteps)

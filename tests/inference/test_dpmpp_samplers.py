@@ -1,7 +1,8 @@
-"""The samplers that are not sd-scripts' against their published recurrences, and against diffusers' where it has them."""
+"""Samplers that sd-scripts does not have against their published recurrences, and against diffusers'."""
 
 import importlib
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import diffusers
@@ -96,7 +97,7 @@ def dpmpp_sde(sigmas, g, *, eta=1.0):
         up = min(there, eta * (there**2 * (here**2 - there**2) / here**2) ** 0.5)
         return (there**2 - up**2) ** 0.5, up
 
-    for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, there in pairwise(sigmas):
         x0 = picture(x, here)
         if there == 0:
             return x0
@@ -170,7 +171,9 @@ def test_euler_a_equals_diffusers(prediction_type):
     noise = samplers.start_noise([g], SHAPE)
     predict = gaussian_noise_prediction if prediction_type == "epsilon" else gaussian_velocity_prediction
     wanted = denoise(predict, noise, theirs, generators=[g])[0]
-    torch.testing.assert_close(ours("euler_a", steps=7, prediction_type=prediction_type)[1], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours("euler_a", steps=7, prediction_type=prediction_type)[1], wanted, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_euler_a_and_dpmpp_sde_without_noise_are_their_plain_methods():

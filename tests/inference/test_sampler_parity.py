@@ -1,7 +1,6 @@
 """The same prompt, seed, sampler and steps through diffusers' pipeline and here: the same picture."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -14,14 +13,16 @@ from library.inference.samplers import start_noise
 from library.models.checkpoint import save_diffusers
 from library.sizes import Size
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # diffusers
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 REQUEST = GenRequest(
     prompt="a red circle on a blue background", negative="green", size=Size(64, 64), steps=5, scale=5.0, seed=1
 )
 MULTISTEP, KARRAS = diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}
-LIMIT = 1.0  # of 255, on average
+# Of 255, on average. diffusers rounds the timesteps of Karras' sigmas, here the model is told them as they are:
+# measured up to 0.17; without Karras below 0.001.
+LIMIT, LIMIT_KARRAS = 0.02, 0.4
 CASES = [
     ("ddim", lambda: diffusers.DDIMScheduler(**SDXL, clip_sample=False, steps_offset=1), {}),
     ("ddim", lambda: diffusers.DDIMScheduler(**SDXL, clip_sample=False, steps_offset=1), {"eta": 0.7}),
@@ -71,8 +72,5 @@ def test_the_same_picture_as_diffusers_pipeline(bundle, pipeline, sampler, sched
     ((_, picture),) = generate(bundle, [request])
     ours = np.asarray(picture).astype(float)
     difference = float(np.abs(ours - (theirs * 255).round()).mean())
-    SEEN.append((sampler, difference))
-    assert difference < LIMIT and ours.std() > 10
-
-
-SEEN: list = []
+    assert difference < (LIMIT_KARRAS if sampler.endswith("karras") else LIMIT)
+    assert ours.std() > 10  # and it is a picture

@@ -133,8 +133,14 @@ def test_a_picture_does_not_depend_on_its_place_or_its_neighbours(name):
 
 @pytest.mark.parametrize(
     ("name", "draws"),
-    [("euler", 0), ("ddim", 0), ("unipc", 0), ("dpmpp_2m", 0), ("euler_a", 6), ("dpm_2_a", 11), ("dpmpp_sde", 10)]
-    + [("dpmpp_2m_sde", 6), ("lcm", 5)],
+    [
+        *((name, 0) for name in DETERMINISTIC),
+        ("euler_a", 6),
+        ("dpm_2_a", 11),
+        ("dpmpp_sde", 10),
+        ("dpmpp_2m_sde", 6),
+        ("lcm", 5),
+    ],
 )
 def test_a_seed_is_used_for_the_start_and_then_once_for_each_call(name, draws):
     """After the run the generator stands where 1 + draws latents have been taken from it."""

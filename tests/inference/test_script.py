@@ -61,6 +61,26 @@ def test_a_run_draws_what_its_file_says_and_writes_it_down(tmp_path, capsys):
     )
 
 
+def test_sampler_and_guidance_are_written_down_and_what_a_sampler_cannot_do_is_known_before_drawing(tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    base = ["--ckpt", "tiny", "--outdir", str(out), "--W", "64", "--H", "64"]
+    chosen = "--sampler dpmpp_sde_karras --eta 0.5 --negative_scale 3 --guidance_rescale 0.7 --steps 2 --seed 1"
+    assert sdxl_gen_img.main([*base, *chosen.split(), "--prompt", "red --n blurry"]) == 0
+    (file,) = out.iterdir()
+    text = Image.open(file).text
+    assert [text[key] for key in ("sampler", "eta", "negative-scale", "guidance-rescale")] == [
+        "dpmpp_sde_karras",
+        "0.5",
+        "3.0",
+        "0.7",
+    ]
+    assert not {"eta", "negative-scale", "guidance-rescale"} & png_text(GenRequest()).keys()
+    prompts.write_text("red --s 4\nblue --s 3\n", "utf-8")
+    assert sdxl_gen_img.main([*base, "--from_file", str(prompts), "--sampler", "pndm"]) == 2
+    assert "pndm cannot do 3 steps" in capsys.readouterr().err
+    assert list(out.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_draws(tmp_path, precision):
     argv = f"--ckpt tiny --prompt red --outdir {tmp_path} --steps 2 --{precision} --no_half_vae --W 64 --H 64"

@@ -45,7 +45,9 @@ def sampler_can_draw_the_model(cfg: RunConfig) -> list[Problem]:
 def eta_has_a_sampler(cfg: RunConfig) -> list[Problem]:
     """eta acts with samplers that add noise in a share of their own."""
     options = cfg.generate
-    if options.eta is None or (default_eta(options.sampler) is not None and options.prediction_type != "rectified_flow"):
+    if options.eta is None or (
+        default_eta(options.sampler) is not None and options.prediction_type != "rectified_flow"
+    ):
         return []
     flow = default_eta(options.sampler) is not None
     what = "eta cannot act on rectified flow" if flow else f"{options.sampler} has no eta"
