@@ -650,3 +650,12 @@ def test_generator_reads_networks(tmp_path):
     assert cfg.generate.network_kwargs(0) == {"a": "1", "b": "2"}
     assert cfg.generate.network_kwargs(1) == {}
     assert cfg.generate.prompt is None
+
+
+def test_scales_of_guidance_that_act_on_no_prompt_are_announced():
+    base = {"ckpt": "tiny", "prompt": "a cat", "negative_scale": 3.0, "guidance_rescale": 0.5}
+    assert [n.split()[0] for n in make_config("sdxl_gen_img", **base, scale=1.0).notices] == [
+        "negative_scale",
+        "guidance_rescale",
+    ]
+    assert make_config("sdxl_gen_img", **base).notices == []
