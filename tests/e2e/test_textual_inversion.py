@@ -11,8 +11,12 @@ import sdxl_gen_img
 import sdxl_train_network
 import sdxl_train_textual_inversion
 from benchmarks.textual_inversion import colour
+from library.inference.launch import generate
+from library.inference.prompt_line import GenRequest
+from library.inference.samplers import start_noise
 from library.models.checkpoint import load_bundle, save_diffusers
 from library.models.families import sdxl
+from library.sizes import Size
 from tests.e2e.conftest import arguments, copy_log, full_arguments, log_of
 from tests.e2e.test_resume import state_tensors
 from tests.ranks import two_ranks
@@ -89,7 +93,7 @@ def test_resumed_tokens_are_exact_and_all_other_weights_stay(invert, named, tmp_
 
 @pytest.mark.e2e
 def test_diffusers_reads_the_file_and_sees_the_same(tmp_path):
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     bundle = load_bundle("tiny")
     g = torch.Generator().manual_seed(1)
@@ -113,10 +117,16 @@ def test_diffusers_reads_the_file_and_sees_the_same(tmp_path):
     )
     assert torch.allclose(ours.hidden_BTD, hidden, atol=1e-5) and torch.allclose(ours.pooled_BP, pooled, atol=1e-5)
     assert (plain.hidden_BTD - ours.hidden_BTD).abs().max() > 0.1, "the token says something"
-    sizes, t = torch.tensor([[64.0, 64, 0, 0, 64, 64]]), torch.tensor([500])
-    x = torch.randn(1, 4, 8, 8, generator=g)
-    theirs = pipe.unet(x, t, hidden, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
-    assert torch.allclose(sdxl.predict(bundle.unet, x, t, ours, sizes), theirs, atol=1e-5)
+    settings = {"negative": "green", "steps": 4, "scale": 5.0, "seed": 1, "sampler": "euler"}
+    request = GenRequest(prompt="a circle_q, on white", size=Size(64, 64), **settings)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    theirs = pipe(
+        request.prompt, negative_prompt="green", width=64, height=64, num_inference_steps=4, guidance_scale=5.0,
+        latents=start_noise([torch.Generator().manual_seed(1)], (4, 8, 8)), output_type="np",
+    ).images[0]  # fmt: skip
+    ((_, picture),) = generate(bundle, [request])
+    assert np.abs(np.asarray(picture, dtype=np.float32) - (255 * theirs).round()).mean() < 0.02
 
 
 @pytest.mark.e2e
