@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     from library.inference.run import run
 
     paths = run(cfg)
+    if not paths:  # asked for prompts, and given none
+        print("no pictures")
+        return 0
     print(f"{len(paths)} picture{'' if len(paths) == 1 else 's'} in {paths[0].parent.resolve()}:")
     for path in paths:
         print(f"  {path.name}")

@@ -24,6 +24,7 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
     problems = [problem for name in names if name not in wrong for problem in _check_model(cfg, name)]
     if cfg.run == "sdxl_gen_img":
         problems += _check_existing(cfg, "from_file", kind="file")
+        problems += _check_existing(cfg, "wildcard_dir", kind="folder")
         problems += list(_check_guides(cfg))
         many = ("network_module", "network_weights", "control_net_lllite_models", "textual_inversion_embeddings")
         for name in many:

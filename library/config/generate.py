@@ -41,6 +41,11 @@ class GenerateOptions(ConsoleOptions):
     )
     prompt: str | None = option(None, "prompt; options such as --w 1024 --n blurry may follow inside the text")
     from_file: str | None = option(None, "prompt file, one prompt per line, # starts a comment", path=True)
+    interactive: bool = option(False, "ask for prompts, after those that are given, until the input ends")
+    wildcard_dir: str | None = option(
+        None, "folder of text files: __name__ in a prompt becomes a line of name.txt", path=True
+    )
+    shuffle_prompts: bool = option(False, "go through the prompt file in another order each time (n_iter)")
     outdir: str = option("outputs", "folder for the pictures", path=True)
     W: int | None = option(None, "width in pixels (unset: 1024, or the size that the model was made for)", ge=8)
     H: int | None = option(None, "height in pixels (unset: 1024, or the size that the model was made for)", ge=8)
@@ -59,6 +64,9 @@ class GenerateOptions(ConsoleOptions):
     )
     seed: int | None = option(
         None, "seed; with several pictures it seeds the list of their seeds (unset: random)", ge=0, lt=2**63
+    )
+    iter_same_seed: bool = option(
+        False, "the prompts that are gone through share their seeds, which differ from time to time (n_iter)"
     )
     sampler: str = option("ddim", "sampler; a suffix says how its noise levels are spread", choices=SAMPLERS)
     eta: float | None = option(

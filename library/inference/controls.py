@@ -107,11 +107,15 @@ def guide_images(options: GenerateOptions) -> list[tuple[str, ...]]:
     return [tuple(paths[start : start + count]) for start in range(0, len(paths), count)]
 
 
-def with_guides(requests: Sequence[GenRequest], guides: Sequence[tuple[str, ...]]) -> list[GenRequest]:
-    """The pictures of a run with their control images: one group after the other, then from the first again."""
+def with_guides(
+    requests: Sequence[GenRequest], guides: Sequence[tuple[str, ...]], *, start: int = 0
+) -> list[GenRequest]:
+    """The pictures of a run, from number `start` on, with their control images: one group after the other, then from
+    the first again.
+    """
     if not guides:
         return list(requests)
-    return [replace(request, control=guides[number % len(guides)]) for number, request in enumerate(requests)]
+    return [replace(request, control=guides[number % len(guides)]) for number, request in enumerate(requests, start)]
 
 
 def check_models(options: GenerateOptions) -> None:

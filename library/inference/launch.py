@@ -3,7 +3,6 @@
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -94,8 +93,7 @@ def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Cond
     """Runs of neighbours that can be drawn together, cut at batch_size."""
 
     def together(request: GenRequest) -> Any:
-        kept = replace(request, prompt="", negative="", seed=None, seeds=(), control=(), raw="")
-        return kept, len(request.control), conditioning.num_positions(request)
+        return request.settings(), len(request.control), conditioning.num_positions(request)
 
     for _, neighbours in groupby(requests, key=together):
         run = list(neighbours)

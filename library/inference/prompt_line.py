@@ -1,15 +1,14 @@
-"""One picture to make, and the prompt lines and prompt files that ask for it (gen_img.md §3 and §16). No torch."""
+"""One picture to make, and the prompt lines that ask for it (gen_img.md §3 and §16). No torch."""
 
 import difflib
-import json
+import math
 import re
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import Problem, UserError
+from library.inference.prompt_source import PromptLine
 from library.log import get_logger
 from library.sizes import Size
 
@@ -19,18 +18,21 @@ CELL = 8  # pixels per latent cell, each way
 SMALLEST_SIDE = 64
 MAX_STEPS = 1000
 NATIVE_SIZE = Size(1024, 1024)  # what SDXL was trained at
-MAX_SEED = 2**31 - 1
+OPEN = 0  # a side that nothing has said yet: it becomes the size that the model was made for
+MAX_SIDE = 2**15
+MAX_SEED = 2**31 - 1  # of the seeds that a run draws
+SEED_END = 2**63  # given ones are below
 
 
 @dataclass(frozen=True)
 class GenRequest:
     """One picture: what, how large, how.
 
-    seed None: a random one. original_*, crop_* are the size ids that the model is told, None meaning the output size
-    and 0; original_*_negative those of the negative branch, None meaning the positive branch's. eta None: the
-    sampler's own. negative_scale None: plain guidance (guidance.Guidance). network_muls: the
-    strengths of the networks, None meaning as loaded. control: paths of the control images. seeds: what `--d` gave for
-    the pictures of this prompt. raw: the whole line.
+    seed None: a random one. eta None: the sampler's own. negative_scale None: plain guidance (guidance.Guidance).
+    original_*, crop_* are the size ids that the model is told, None meaning the output size and 0; original_*_negative
+    those of the negative branch, None meaning the positive branch's. network_muls: the strengths of the networks, None
+    meaning as loaded. control: paths of the control images. seeds: what `--d` gave for the pictures of this prompt.
+    clip_prompt is only written into the picture's file; name is that file's. raw: the whole line, its choices made.
     """
 
     prompt: str = ""
@@ -52,7 +54,13 @@ class GenRequest:
     network_muls: tuple[float, ...] | None = None
     control: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    clip_prompt: str = ""
+    name: str = ""
     raw: str = ""
+
+    def settings(self) -> "GenRequest":
+        """What has to be equal for pictures to be drawn in one batch; all else is left out."""
+        return replace(self, prompt="", negative="", seed=None, seeds=(), control=(), clip_prompt="", name="", raw="")
 
     def size_ids(self, *, negative: bool = False) -> tuple[int, int, int, int, int, int]:
         """(original h, original w, crop top, crop left, target h, target w) of one branch."""
@@ -63,72 +71,68 @@ class GenRequest:
         return (original_h, original_w, self.crop_top or 0, self.crop_left or 0, self.size.h, self.size.w)
 
 
-def parse_line(line: str, defaults: GenRequest) -> GenRequest:
+def parse_line(line: PromptLine | str, defaults: GenRequest) -> GenRequest:
     """The request of a generator's prompt line, such as `a red cat --w 768 --n blurry --d 1`.
 
-    Options that are not known, not supported yet or not readable are named in a warning and change nothing.
+    Braces and `__name__` are text here (dynamic_prompts.py chooses before). Raises UserError, with a caret under each
+    place, for options that are not known, cannot act or cannot be read, and for AND.
     """
-    return _parse(line, defaults, _GENERATOR_OPTIONS, _GENERATOR_LATER)
+    source = line if isinstance(line, PromptLine) else PromptLine(line)
+    request, problems = _parse(source, defaults, _GENERATOR_OPTIONS, _GENERATOR_REFUSED)
+    problems += _without_effect(source, request)
+    if problems:
+        raise UserError.from_problems(problems)
+    return request
 
 
 def parse_sample_line(line: str, defaults: GenRequest) -> GenRequest:
-    """The request of a line of a training run's sample prompt file; its options differ from the generator's."""
-    return _parse(line, defaults, _SAMPLE_OPTIONS, _SAMPLE_LATER)
+    """The request of a line of a training run's sample prompt file; its options differ from the generator's.
 
-
-def read_lines(path: Path) -> list[str]:
-    """The prompt lines of a UTF-8 text file, without blank lines and lines that start with #.
-
-    Raises UserError when the file cannot be read or holds none.
+    Training goes on whatever the line says: what has no effect is named in a warning and left out.
     """
-    lines = [line.strip() for line in _read_text(path).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise UserError("the prompt file holds no prompts", str(path), "write one prompt per line")
-    return lines
+    request, problems = _parse(PromptLine(line), defaults, _SAMPLE_OPTIONS, _SAMPLE_REFUSED)
+    for problem in problems:
+        logger.warning("%s%s; it is left out: %s", problem.what, f" ({problem.fix})" if problem.fix else "", line)
+    warn_of_generator_syntax(request.prompt)
+    return request
 
 
-def read_prompt_file(path: Path, *, size: Size | None = None, sampler: str = "euler_a") -> list[GenRequest]:
-    """The sample pictures that a training run makes: .txt (one prompt per line), .toml or .json.
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds of a line's last readable `--d`, wherever it stands; () when there is none."""
+    found = re.findall(r"(?:^| )--d +(\d+(?:,\s*\d+)*)(?=[\s,]|$)", text, re.IGNORECASE)
+    return tuple(int(part[:20]) for part in found[-1].split(",")) if found else ()
 
-    What a prompt leaves open: size (1024x1024 when None), 30 steps, scale 7.5, the given sampler, a random seed.
-    sd-scripts' defaults are 512x512 and ddim. Raises UserError naming the file and the entry.
-    """
-    path = Path(path)
-    start = GenRequest(size=_fitting(size or NATIVE_SIZE), steps=30, scale=7.5, sampler=sampler)
-    suffix = path.suffix.lower()
-    if suffix == ".toml":
-        entries = _toml_entries(path)
-    elif suffix == ".json":
-        entries = _json_entries(path)
-    elif suffix == ".txt":
-        entries = read_lines(path)
-    else:
-        raise UserError(f'"{path.suffix}" is not a kind of prompt file', str(path), "use .txt, .toml or .json")
-    if not entries:
-        raise UserError("the prompt file holds no prompts", str(path), "add one")
-    return [
-        parse_sample_line(entry, start)
-        if isinstance(entry, str)
-        else _from_mapping(entry, start, where=f"{path}, prompt {number}")
-        for number, entry in enumerate(entries, start=1)
-    ]
+
+def split_and(prompt: str) -> list[str]:
+    """The sub-prompts of a prompt, which " AND " separates; at least one."""
+    return prompt.split(AND)
+
+
+def with_open_sides(request: GenRequest, size: Size) -> GenRequest:
+    """The request with `size` on the sides that are open."""
+    return replace(request, size=Size(request.size.w or size.w, request.size.h or size.h))
 
 
 # --- options of a line -------------------------------------------------------------------------------------------
 
+AND = " AND "
 Change = Callable[[GenRequest, str], GenRequest]
-_WHOLE, _FLOAT, _TEXT = r"-?\d+", r"-?\d*\.?\d+(?:e-?\d+)?", r".+"
+_WHOLE, _FLOAT, _TEXT = r"[+-]?\d+", r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", r".+"
+_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
 
 
-def _put(field: str, convert: Callable[[str], Any]) -> Change:
+def put(field: str, convert: Callable[[str], Any]) -> Change:
+    """A change of one field to what `convert` reads."""
+
     def change(request: GenRequest, value: str) -> GenRequest:
         return replace(request, **{field: convert(value)})
 
     return change
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A reader of whole numbers; ValueError below `lowest`."""
+
     def convert(text: str) -> int:
         value = int(text)
         if value < lowest:
@@ -138,36 +142,52 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return convert
 
 
-def _width(request: GenRequest, value: str) -> GenRequest:
-    return replace(request, size=_fitting(Size(_at_least(1)(value), request.size.h)))
+def set_width(request: GenRequest, value: str) -> GenRequest:
+    """The request with another width, in whole latent cells."""
+    return replace(request, size=Size(fitting(at_least(1)(value)), request.size.h))
 
 
-def _height(request: GenRequest, value: str) -> GenRequest:
-    return replace(request, size=_fitting(Size(request.size.w, _at_least(1)(value))))
+def set_height(request: GenRequest, value: str) -> GenRequest:
+    """The request with another height, in whole latent cells."""
+    return replace(request, size=Size(request.size.w, fitting(at_least(1)(value))))
 
 
-def _fitting(size: Size) -> Size:
-    """The size in whole latent cells, rounded down, at least 64."""
-    w, h = (max(SMALLEST_SIDE, side // CELL * CELL) for side in size)
-    if (w, h) != tuple(size):
-        logger.warning("%dx%d is not a possible picture size: taking %dx%d", size.w, size.h, w, h)
-    return Size(w, h)
+def fitting(side: int) -> int:
+    """A side in whole latent cells, rounded down, at least 64 pixels; ValueError above 32768."""
+    if side > MAX_SIDE:
+        raise ValueError(f"must be {MAX_SIDE} or less")
+    fits = max(SMALLEST_SIDE, side // CELL * CELL)
+    if fits != side:
+        logger.warning("no side of a picture can have %d pixels: taking %d", side, fits)
+    return fits
 
 
 def _seeds(request: GenRequest, value: str) -> GenRequest:
-    seeds = tuple(int(part) for part in value.split(",") if part)
+    seeds = tuple(int(part) for part in value.split(",") if part.strip())
+    if max(seeds) >= SEED_END:
+        raise ValueError("must be below 2^63")
     return replace(request, seed=seeds[0], seeds=seeds)
 
 
 def _muls(request: GenRequest, value: str) -> GenRequest:
-    return replace(request, network_muls=tuple(float(part) for part in value.split(",") if part))
+    return replace(request, network_muls=tuple(finite(part) for part in value.split(",") if part.strip()))
 
 
-def _steps(text: str) -> int:
+def finite(text: str) -> float:
+    """A number; ValueError for one that is too large to compute with."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("is too large")
+    return value
+
+
+def read_steps(text: str) -> int:
+    """A number of steps, at least 1 and at most 1000."""
     return min(max(int(text), 1), MAX_STEPS)
 
 
-def _sampler(text: str) -> str:
+def read_sampler(text: str) -> str:
+    """The name of a sampler; ValueError names them all."""
     from library.config.choices import SAMPLERS
 
     if text not in SAMPLERS:
@@ -175,139 +195,153 @@ def _sampler(text: str) -> str:
     return text
 
 
+def _negative_scale(text: str) -> float | None:
+    return None if text.lower() == "none" else finite(text)
+
+
+def _file_name(text: str) -> str:
+    name = text.strip()
+    if any(letter in '/\\:*?"<>|' or not letter.isprintable() for letter in name):
+        raise ValueError("must be a file's name without a folder")
+    if name.lower().endswith(_PICTURES):
+        raise ValueError("must end in .png, or in nothing")
+    if name.strip(".") == "" or len(name.encode(errors="replace")) > 200:
+        raise ValueError("cannot be a file's name")
+    return name if name.lower().endswith(".png") else f"{name}.png"
+
+
 # name -> (what a value looks like; text after it is ignored), (what it changes)
 _GENERATOR_OPTIONS: dict[str, tuple[str, Change]] = {
-    "w": (_WHOLE, _width),
-    "h": (_WHOLE, _height),
-    "ow": (_WHOLE, _put("original_width", _at_least(1))),
-    "oh": (_WHOLE, _put("original_height", _at_least(1))),
-    "nw": (_WHOLE, _put("original_width_negative", _at_least(1))),
-    "nh": (_WHOLE, _put("original_height_negative", _at_least(1))),
-    "ct": (_WHOLE, _put("crop_top", int)),
-    "cl": (_WHOLE, _put("crop_left", int)),
-    "s": (_WHOLE, _put("steps", _steps)),
-    "d": (r"\d[\d,]*", _seeds),
-    "l": (_FLOAT, _put("scale", float)),
-    "n": (_TEXT, _put("negative", str)),
-    "am": (r"[-\d.,e]+", _muls),
+    "w": (_WHOLE, set_width),
+    "h": (_WHOLE, set_height),
+    "ow": (_WHOLE, put("original_width", at_least(1))),
+    "oh": (_WHOLE, put("original_height", at_least(1))),
+    "nw": (_WHOLE, put("original_width_negative", at_least(1))),
+    "nh": (_WHOLE, put("original_height_negative", at_least(1))),
+    "ct": (_WHOLE, put("crop_top", int)),
+    "cl": (_WHOLE, put("crop_left", int)),
+    "s": (_WHOLE, put("steps", read_steps)),
+    "d": (r"\d+(?:,\s*\d+)*,?", _seeds),
+    "l": (_FLOAT, put("scale", finite)),
+    "nl": (rf"none|{_FLOAT}", put("negative_scale", _negative_scale)),
+    "n": (_TEXT, put("negative", str)),
+    "c": (_TEXT, put("clip_prompt", str)),
+    "f": (_TEXT, put("name", _file_name)),
+    "am": (rf"{_FLOAT}(?:,\s*{_FLOAT})*,?", _muls),
 }
-_LATER = "is not supported yet"
+_SHRINK, _GRADUAL = "cannot act: Deep Shrink is not supported yet", "cannot act: Gradual Latent is not supported yet"
 _FOREIGN = "is for other models, and SDXL has no use for it"
-_GENERATOR_LATER = dict.fromkeys(
-    ("nl", "t", "c", "f", "dsd1", "dst1", "dsd2", "dst2", "dsr", "glt", "glr", "gle", "gls", "glsn", "glus"), _LATER
-)
+_SAMPLES_ONLY = "is an option of the sample prompts of training"
+_GENERATOR_REFUSED = {
+    "t": "cannot act: drawing from a picture is not supported yet",
+    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _SHRINK),
+    **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL),
+    "ss": f"{_SAMPLES_ONLY}; here --sampler of the command line sets it",
+    "cn": f"{_SAMPLES_ONLY}; here --guide_image_path of the command line names them",
+    **dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN),
+}
 _SAMPLE_OPTIONS = {name: _GENERATOR_OPTIONS[name] for name in ("w", "h", "d", "s", "l", "n")}
-_SAMPLE_OPTIONS["cn"] = (_TEXT, _put("control", lambda path: (path.strip(),)))
-_SAMPLE_OPTIONS["ss"] = (r"\S+", _put("sampler", _sampler))
-_SAMPLE_LATER = dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN)
+_SAMPLE_OPTIONS["cn"] = (_TEXT, put("control", lambda path: (path.strip(),)))
+_SAMPLE_OPTIONS["ss"] = (r"\S+", put("sampler", read_sampler))
+_SAMPLE_REFUSED = dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN)
+_LONG_NAMES = {
+    "width": "w", "height": "h", "size": "w", "steps": "s", "seed": "d", "scale": "l", "cfg": "l", "negative": "n",
+    "neg": "n", "no": "n", "negative_prompt": "n", "negative_scale": "nl", "name": "f", "file": "f",
+    "network_mul": "am", "crop_top": "ct", "crop_left": "cl", "original_width": "ow", "original_height": "oh",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One `--name value` of a line; the places are those of the line."""
+
+    name: str
+    value: str
+    name_at: int
+    value_at: int
+
+
+def _pieces(text: str) -> tuple[str, list[_Piece]]:
+    """The prompt and what follows it, cut before every "--" that begins the line or follows a space."""
+    starts = [match.end() for match in re.finditer(r"(?:^| )--", text)]
+    if not starts:
+        return text.strip(), []
+    ends = [match.start() for match in re.finditer(r"(?:^| )--", text)]
+    pieces = []
+    for start, end in zip(starts, [*ends[1:], len(text)], strict=True):
+        match = re.compile(r"\s*(\S*)\s*(.*?)\s*", re.DOTALL).fullmatch(text, start, end)
+        assert match is not None  # every part of it may be empty
+        pieces.append(_Piece(match[1], match[2], match.start(1), match.start(2)))
+    return text[: ends[0]].strip(), pieces
 
 
 def _parse(
-    line: str, defaults: GenRequest, options: Mapping[str, tuple[str, Change]], later: Mapping[str, str]
-) -> GenRequest:
-    prompt, *pieces = f" {line.strip()}".split(" --")
-    request = replace(defaults, prompt=prompt.strip(), raw=line.strip())
+    source: PromptLine, defaults: GenRequest, options: Mapping[str, tuple[str, Change]], refused: Mapping[str, str]
+) -> tuple[GenRequest, list[Problem]]:
+    """The request of what can be read of a line, and the problems with the rest."""
+    source = replace(source, text=source.text.strip())
+    prompt, pieces = _pieces(source.text)
+    request, problems = replace(defaults, prompt=prompt, raw=source.text), []
     for piece in pieces:
-        name, _, value = piece.strip().partition(" ")
-        key = name.lower()
-        if key in later:
-            logger.warning("--%s in a prompt %s; it is left out: %s", name, later[key], line)
-            continue
-        if key not in options:
-            near = difflib.get_close_matches(key, options, n=1)
-            hint = f" (did you mean --{near[0]}?)" if near else ""
-            logger.warning("--%s in a prompt is not known%s; it is left out: %s", name, hint, line)
-            continue
-        pattern, change = options[key]
-        match = re.match(pattern, value.strip(), re.IGNORECASE)
-        try:
-            if match is None:
-                raise ValueError("is not readable")
-            request = change(request, match[0])
-        except (ValueError, OverflowError) as error:
-            logger.warning("--%s %s: the value %s; it is left out: %s", name, value.strip(), error, line)
-    _warn_of_later_syntax(request.prompt)
-    return request
+        key, start, end = piece.name.lower(), piece.name_at - 2, piece.value_at + len(piece.value)
+        if key in refused:
+            problems.append(source.problem(f"--{piece.name} in a prompt {refused[key]}", start, end, fix="remove it"))
+        elif key not in options:
+            what = f"--{piece.name} in a prompt is not known"
+            fix = _suggestion(key, options)
+            problems.append(source.problem(what, max(0, start), piece.name_at + len(piece.name), fix=fix))
+        else:
+            pattern, change = options[key]
+            try:
+                request = change(request, _value(piece, pattern))
+            except (ValueError, OverflowError) as error:
+                what = f"--{piece.name} {piece.value}".rstrip() + f": the value {_reason(error)}"
+                problems.append(source.problem(what, piece.value_at, end))
+    return request, problems
 
 
-def _warn_of_later_syntax(prompt: str) -> None:
+def _value(piece: _Piece, pattern: str) -> str:
+    """The start of a value that an option reads; ValueError when it cannot be read. What follows it is announced."""
+    match = re.compile(pattern, re.IGNORECASE | re.DOTALL).match(piece.value)
+    rest = piece.value[match.end() :] if match else ""
+    if match is None or re.match(r"[\w.+-]", rest):
+        raise ValueError("is not readable" if piece.value else "is missing")
+    if rest.strip(" ,"):
+        logger.warning('--%s %s: "%s" after the value is not read', piece.name, match[0], rest.strip())
+    return match[0]
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return "is too long" if "digit" in text else text  # Python converts 4300 digits at most
+
+
+def _suggestion(key: str, options: Mapping[str, Any]) -> str:
+    if not re.match(r"[^\W_]", key):
+        return "two dashes after a space begin an option: join them to the word, or write one dash"
+    near = difflib.get_close_matches(key, options, n=1)
+    guess = _LONG_NAMES.get(key) or (near[0] if near else "")
+    return f"did you mean --{guess}?" if guess in options else "known: " + ", ".join(f"--{name}" for name in options)
+
+
+def _without_effect(source: PromptLine, request: GenRequest) -> Iterator[Problem]:
+    """What is understood but cannot act."""
+    text = source.text.strip()
+    shown = replace(source, text=text)
+    if len(split_and(request.prompt)) > 1:
+        place = text.index(AND) + 1
+        what = "AND gives parts of a picture prompts of their own, and regional networks are not supported yet"
+        yield shown.problem(what, place, place + 3, fix='write a comma, or "and" in small letters')
+    if request.negative_scale is not None and request.scale <= 1:
+        place = re.search(r"(?:^| )--nl\b", text, re.IGNORECASE)
+        if place:
+            what = f"--nl cannot act: there is no guidance at scale {request.scale:g}"
+            yield shown.problem(what, place.end() - 4, place.end(), fix="remove it, or set a scale above 1 with --l")
+
+
+def warn_of_generator_syntax(prompt: str) -> None:
+    """Say what the sample prompts of training do not have."""
     if re.search(r"\{[^{}]*\|[^{}]*\}", prompt):
-        logger.warning("{a|b} choices in prompts are not supported yet; they are drawn as text: %s", prompt)
-    if " AND " in prompt:
+        logger.warning("{a|b} choices are not supported in sample prompts; they are drawn as text: %s", prompt)
+    if AND in prompt:
         logger.warning("AND between sub-prompts is not supported yet; it is drawn as text: %s", prompt)
-
-
-# --- prompt files of training runs -------------------------------------------------------------------------------
-
-_KEYS: dict[str, tuple[type | tuple[type, ...], Change]] = {
-    "prompt": (str, lambda request, value: replace(request, prompt=value)),
-    "negative_prompt": (str, lambda request, value: replace(request, negative=value)),
-    "width": (int, _width),
-    "height": (int, _height),
-    "seed": (int, _put("seed", _at_least(0))),
-    "sample_steps": (int, _put("steps", _steps)),
-    "scale": ((int, float), _put("scale", float)),
-    "sample_sampler": (str, _put("sampler", _sampler)),
-    "controlnet_image": (str, _put("control", lambda path: (path,))),
-}
-_KEYS_FOREIGN = ("guidance_scale",)
-
-
-def _from_mapping(entry: Mapping[str, Any], defaults: GenRequest, *, where: str) -> GenRequest:
-    request = defaults
-    for key, value in entry.items():
-        if key in _KEYS_FOREIGN:
-            logger.warning('"%s" %s; it is left out: %s', key, _FOREIGN, where)
-            continue
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            fix = f'did you mean "{near[0]}"?' if near else "known: " + ", ".join(_KEYS)
-            raise UserError(f'"{key}" is not known', where, fix)
-        kind, change = _KEYS[key]
-        try:
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"has the wrong type ({type(value).__name__})")
-            request = change(request, value)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(f'"{key}" = {value!r} {error}', where) from None
-    if "prompt" not in entry:
-        raise UserError('"prompt" is missing', where, 'add prompt = "…"')
-    _warn_of_later_syntax(request.prompt)
-    return replace(request, raw=request.prompt)
-
-
-def _toml_entries(path: Path) -> list[Mapping[str, Any]]:
-    """[prompt] holds shared keys and an array of tables `subset`; a key of a subset wins over the shared one."""
-    try:
-        data = tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"the file is not valid TOML: {error}", str(path)) from None
-    table = data.get("prompt")
-    if not isinstance(table, dict) or set(data) != {"prompt"}:
-        raise UserError("the file must hold one table [prompt]", str(path), "see docs/options.md, sample_prompts")
-    shared = {key: value for key, value in table.items() if key != "subset"}
-    subsets = table.get("subset", [{}])
-    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise UserError("subset must be an array of tables", str(path), "write [[prompt.subset]]")
-    return [shared | subset for subset in subsets]
-
-
-def _json_entries(path: Path) -> list[Any]:
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"the file is not valid JSON: {error}", str(path)) from None
-    if not isinstance(data, list) or not all(isinstance(entry, dict | str) for entry in data):
-        raise UserError("the file must hold a list of objects or of prompt lines", str(path))
-    return data
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError("the prompt file does not exist", str(path), "check the path") from None
-    except OSError as error:
-        raise UserError(f"the prompt file cannot be read ({error.strerror})", str(path)) from None
-    except UnicodeDecodeError:
-        raise UserError("the prompt file is not UTF-8", str(path), "save it as UTF-8") from None

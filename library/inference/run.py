@@ -1,23 +1,25 @@
 """What sdxl_gen_img.py does: reads the prompts, loads the model and its networks, draws, writes."""
 
-import random
-import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.errors import UserError
-from library.inference.controls import check_models, guide_images, load_controls, with_guides
+from library.inference.controls import Controls, check_models, guide_images, load_controls, with_guides
 from library.inference.embeddings import add_words, read_words
+from library.inference.interactive import ask_and_draw
 from library.inference.launch import encode_requests, generate
 from library.inference.network_set import check_strengths, load_set
+from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
-from library.inference.prompt_line import CELL, MAX_SEED, GenRequest, parse_line, read_lines
+from library.inference.prompt_line import CELL, OPEN, GenRequest, with_open_sides
+from library.inference.prompt_source import prompt_lines
 from library.inference.samplers import make_scheduler
 from library.inference.texts import TextForm
+from library.inference.wildcards import Wildcards
 from library.inference.writer import PictureWriter
 from library.log import get_logger
 from library.models import attention
@@ -33,18 +35,15 @@ logger = get_logger(__name__)
 
 
 def run(cfg: "RunConfig") -> list[Path]:
-    """Draw everything that the configuration asks for and return the pictures' paths, in order."""
+    """Draw everything that the configuration asks for and return the pictures' paths, in order.
+
+    With `interactive`, prompts are asked for afterwards until the input ends.
+    """
     options: GenerateOptions = cfg.generate
-    lines = read_lines(Path(options.from_file)) if options.from_file else [options.prompt]
-    words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
-    guides = guide_images(options)
-    check_models(options)
-    bundle = _load(cfg)
-    controls = load_controls(bundle, options)
-    networks = load_set(bundle, options)
-    add_words(bundle, words)
+    lines = prompt_lines(options.from_file, options.prompt)
+    wildcards = Wildcards(options.wildcard_dir)
     defaults = GenRequest(
-        size=_size(options, bundle),
+        size=Size(options.W or OPEN, options.H or OPEN),
         steps=options.steps,
         scale=options.scale,
         sampler=options.sampler,
@@ -52,59 +51,67 @@ def run(cfg: "RunConfig") -> list[Path]:
         negative_scale=options.negative_scale,
         guidance_rescale=options.guidance_rescale,
     )
-    pictures = plan(
-        [parse_line(line, defaults) for line in lines],
+    how = PlanOptions(
         images_per_prompt=options.images_per_prompt,
         n_iter=options.n_iter,
         seed=options.seed,
+        iter_same_seed=options.iter_same_seed,
+        shuffled=options.shuffle_prompts,
     )
-    requests = with_guides(list(pictures), guides)
-    check_strengths(requests, networks, merged=bool(options.network_weights))
-    _check_samplers(requests, bundle)
+    pictures = plan(lines, defaults, how, wildcards=wildcards)
+    words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
+    guides = guide_images(options)
+    check_models(options)
+    bundle = _load(cfg)
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
-    form = TextForm("generate", options.max_embeddings_multiples or 1)
-    conditioning = encode_requests(bundle, requests, text_form=form, networks=networks)
-    drawn = generate(
-        bundle,
-        requests,
-        batch_size=options.batch_size,
-        vae_batch_size=_vae_batch_size(options),
-        conditioning=conditioning,
-        networks=networks,
-        controls=controls,
-    )
-    logger.info("drawing %d pictures with %s", len(requests), options.ckpt)
-    try:
-        for request, picture in drawn:
-            writer.write(request, picture)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of the device is too small: {str(error).splitlines()[0]}",
-            fix="lower batch_size, vae_batch_size or the size, or compute in fp16 or bf16",
-        ) from error
-    return writer.paths
+    studio = _Studio(bundle, options, load_controls(bundle, options), load_set(bundle, options), guides, writer)
+    add_words(bundle, words)
+    studio.draw(pictures)
+    if options.interactive:
+        ask_and_draw(lambda line: studio.draw(plan([line], defaults, how, wildcards=wildcards)))
+    return studio.writer.paths
 
 
-def plan(
-    prompts: Sequence[GenRequest], *, images_per_prompt: int, n_iter: int, seed: int | None
-) -> Iterator[GenRequest]:
-    """Every picture of a run with its seed: the whole list n_iter times, each prompt images_per_prompt times.
+@dataclass
+class _Studio:
+    """A loaded model with its networks and control images, and the folder that its pictures go to."""
 
-    A picture takes its prompt's `--d` seed; where there is none, a run with one picture takes `seed`, with several
-    the next number of sd-scripts' stream `random.Random(seed).randint(0, 2^31 - 1)`, and without `seed` a random one.
-    """
-    total = len(prompts) * images_per_prompt * n_iter
-    stream = random.Random(seed)
-    for _ in range(n_iter):
-        for prompt in prompts:
-            for index in range(images_per_prompt):
-                if index < len(prompt.seeds):
-                    chosen = prompt.seeds[index]
-                elif seed is None:
-                    chosen = secrets.randbelow(MAX_SEED + 1)
-                else:
-                    chosen = seed if total == 1 else stream.randint(0, MAX_SEED)
-                yield replace(prompt, seed=chosen)
+    bundle: ModelBundle
+    options: "GenerateOptions"
+    controls: Controls
+    networks: Sequence[Any]
+    guides: Sequence[tuple[str, ...]]
+    writer: PictureWriter
+
+    def draw(self, pictures: Sequence[GenRequest]) -> list[Path]:
+        """Draw and write pictures; returns their paths. UserError when the memory of the device is too small."""
+        options, before = self.options, len(self.writer.paths)
+        native = _native_size(self.bundle)
+        requests = with_guides([with_open_sides(picture, native) for picture in pictures], self.guides, start=before)
+        check_strengths(requests, self.networks, merged=bool(options.network_weights))
+        _check_samplers(requests, self.bundle)
+        form = TextForm("generate", options.max_embeddings_multiples or 1)
+        conditioning = encode_requests(self.bundle, requests, text_form=form, networks=self.networks)
+        drawn = generate(
+            self.bundle,
+            requests,
+            batch_size=options.batch_size,
+            vae_batch_size=_vae_batch_size(options),
+            conditioning=conditioning,
+            networks=self.networks,
+            controls=self.controls,
+        )
+        if requests:
+            logger.info("drawing %d pictures with %s", len(requests), options.ckpt)
+        try:
+            for request, picture in drawn:
+                self.writer.write(request, picture)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of the device is too small: {str(error).splitlines()[0]}",
+                fix="lower batch_size, vae_batch_size or the size, or compute in fp16 or bf16",
+            ) from error
+        return self.writer.paths[before:]
 
 
 def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
@@ -130,10 +137,10 @@ def _load(cfg: "RunConfig") -> ModelBundle:
     return bundle
 
 
-def _size(options: "GenerateOptions", bundle: ModelBundle) -> Size:
-    """The size asked for; what is left open is the size that the model was made for: 1024 for SDXL, 128 for `tiny`."""
+def _native_size(bundle: ModelBundle) -> Size:
+    """The size that the model was made for: 1024 for SDXL, 128 for `tiny`."""
     native = bundle.arch.facts.sample_size * CELL
-    return Size(options.W or native, options.H or native)
+    return Size(native, native)
 
 
 def _vae_batch_size(options: "GenerateOptions") -> int | None:

@@ -14,10 +14,11 @@ from library.io.atomic import atomic_path
 def png_text(request: GenRequest) -> dict[str, str]:
     """The text chunks of a picture, under sd-scripts' keys; size ids that were not given are "None".
 
-    eta and guidance-rescale, which sd-scripts does not have, and negative-scale are there when they were given.
+    eta and guidance-rescale, which sd-scripts does not have, negative-scale and clip-prompt are there when they were
+    given.
     """
     given = {"eta": request.eta, "negative-scale": request.negative_scale}
-    given |= {"guidance-rescale": request.guidance_rescale or None}
+    given |= {"guidance-rescale": request.guidance_rescale or None, "clip-prompt": request.clip_prompt or None}
     return {
         "prompt": request.prompt,
         "seed": str(request.seed),
@@ -50,7 +51,9 @@ class PictureWriter:
     """Writes a run's pictures into one folder and remembers where they are.
 
     Names: `im_000001.png` and so on when sequential, else `im_<time>_<number>_<seed>.png`. The number counts the
-    pictures of the run (in sd-scripts: of the batch, so that two pictures of one second and seed would collide).
+    pictures of the run (in sd-scripts: of the batch, so that two pictures of one second and seed would collide). A
+    name that a prompt gives (`--f`) is taken as it is by the first of the run's pictures that has it, and with _001
+    and so on by the next.
     """
 
     folder: Path
@@ -60,7 +63,9 @@ class PictureWriter:
     def write(self, request: GenRequest, picture: Image.Image) -> Path:
         """Save one picture and return its path."""
         number = len(self.paths)
-        if self.sequential:
+        if request.name:
+            name = self._free(request.name)
+        elif self.sequential:
             name = f"im_{number + 1:06d}.png"
         else:
             name = f"im_{time.strftime('%Y%m%d%H%M%S')}_{number:03d}_{request.seed}.png"
@@ -69,3 +74,11 @@ class PictureWriter:
         save_png(picture, path, png_text(request))
         self.paths.append(path)
         return path
+
+    def _free(self, name: str) -> str:
+        taken, stem = {path.name.lower() for path in self.paths}, name[: -len(".png")]
+        return next(
+            free
+            for free in (name, *(f"{stem}_{number:03d}.png" for number in range(1, len(taken) + 2)))
+            if free.lower() not in taken
+        )

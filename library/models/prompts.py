@@ -9,6 +9,7 @@ import re
 
 ROUND_FACTOR = 1.1
 SQUARE_FACTOR = 1 / 1.1
+MAX_WEIGHT = 1e6  # a product of weights stays within these bounds, far from what a float32 can hold
 BREAK = "BREAK"
 
 Segment = tuple[str, float]
@@ -20,7 +21,7 @@ def parse_weighted(text: str, *, breaks: bool = False) -> list[Segment]:
 
     `(x)` multiplies by 1.1, `(x:w)` by w, `[x]` divides by 1.1; nesting multiplies; a bracket that is not closed
     reaches to the end; a backslash makes the next bracket or backslash a letter. With `breaks` every "BREAK" becomes
-    a segment of its own with weight 1.
+    a segment of its own with weight 1. Weights are finite, between -1e6 and 1e6.
     """
     segments: list[Segment] = []
     round_starts: list[int] = []
@@ -70,7 +71,7 @@ def _literal(text: str, breaks: bool) -> list[Segment]:
 
 
 def _multiply(segments: list[Segment], start: int, factor: float) -> None:
-    segments[start:] = [(text, weight * factor) for text, weight in segments[start:]]
+    segments[start:] = [(text, max(-MAX_WEIGHT, min(MAX_WEIGHT, weight * factor))) for text, weight in segments[start:]]
 
 
 def _merged(segments: list[Segment], breaks: bool) -> list[Segment]:

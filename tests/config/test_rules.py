@@ -250,6 +250,7 @@ GENERATOR_CASES = [
     ("eta_has_a_sampler", {"eta": 0.5, "sampler": "heun"}, "heun has no eta"),
     ("eta_has_a_sampler", {"eta": 0.5, "prediction_type": "rectified_flow"}, "eta cannot act on rectified flow"),
     ("prompt_is_there", {"prompt": None}, "there is no prompt"),
+    ("something_is_shuffled", {"shuffle_prompts": True}, "nothing to shuffle"),
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     ("networks_match", {"network_module": ["networks.lora"]}, "names 1 and network_weights 0"),
     ("networks_match", {"network_mul": [0.5]}, "network_mul has more values"),

@@ -14,7 +14,6 @@ from library.inference.launch import encode_requests, generate
 from library.inference.prompt_line import GenRequest
 from library.inference.samplers import start_noise
 from library.inference.texts import TextForm
-from library.io.safetensors_file import save
 from library.models.checkpoint import save_diffusers
 from library.sizes import Size
 from networks import lora
@@ -178,19 +177,6 @@ def test_a_missing_seed_is_random_and_leaves_the_global_generator_alone(bundle):
 
 
 # --- networks ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def lora_file(bundle, tmp_path_factory):
-    """A LoRA on all three parts and on convolutions whose up weights are noise."""
-    g = torch.Generator().manual_seed(0)
-    args = {"conv_dim": "2", "conv_alpha": "1.5"}
-    network = lora.create(adapter_roots(bundle), dim=4, alpha=3, generator=g, args=args)
-    for adapter in network.adapters.values():
-        torch.nn.init.normal_(adapter.lora_up.weight, std=0.05, generator=g)
-    path = tmp_path_factory.mktemp("lora") / "noise.safetensors"
-    save(network.export()[0], path)
-    return path
 
 
 @pytest.fixture

@@ -1,12 +1,25 @@
-"""Prompt lines and prompt files (gen_img.md §3 and §16)."""
+"""Prompt lines and sample prompt files (gen_img.md §3 and §16)."""
 
 import logging
+import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.inference.prompt_line import GenRequest, parse_line, parse_sample_line, read_lines, read_prompt_file
+from library.inference.prompt_line import (
+    OPEN,
+    GenRequest,
+    parse_line,
+    parse_sample_line,
+    seeds_of,
+    split_and,
+    with_open_sides,
+)
+from library.inference.prompt_source import PromptLine, caret, file_lines, prompt_lines
+from library.inference.sample_prompts import read_prompt_file
 from library.sizes import Size
 
 DEFAULTS = GenRequest(size=Size(1024, 768), steps=20, scale=7.0, sampler="euler")
@@ -40,7 +53,16 @@ def parsed(line: str) -> dict[str, object]:
                                         "original_width_negative": 30}),
         ("a --nh 40 --ct 5 --cl 6", {"prompt": "a", "original_height_negative": 40, "crop_top": 5, "crop_left": 6}),
         ("--w 512", {"size": Size(512, 768)}),
-        ("well-known --- dashes", {"prompt": "well-known"}),
+        ("a cat --d 5, 6", {"prompt": "a cat", "seed": 5, "seeds": (5, 6)}),
+        ("a cat --l 5. --s +3", {"prompt": "a cat", "scale": 5.0, "steps": 3}),
+        ("a cat --nl 1.5", {"prompt": "a cat", "negative_scale": 1.5}),
+        ("a cat --nl 1.5 --NL None", {"prompt": "a cat"}),
+        ("a cat --c a dog", {"prompt": "a cat", "clip_prompt": "a dog"}),
+        ("a cat --f My cat", {"prompt": "a cat", "name": "My cat.png"}),
+        ("a cat --f v1.5.PNG", {"prompt": "a cat", "name": "v1.5.PNG"}),
+        ("a cat --w 512, --h 640", {"prompt": "a cat", "size": Size(512, 640)}),
+        ("a cat -- w 512", {"prompt": "a cat", "size": Size(512, 768)}),
+        ("a {cat} __x__", {"prompt": "a {cat} __x__"}),
         ("semi--detached", {"prompt": "semi--detached"}),
         ("w 512 wide", {"prompt": "w 512 wide"}),
     ],
@@ -50,32 +72,130 @@ def test_options_of_a_line(line, wanted):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "marked", "words", "fix"),
     [
-        ("a --t 0.5", "--t in a prompt is not supported yet"),
-        ("a --glt 400", "--glt in a prompt is not supported yet"),
-        ("a --nl 3", "--nl in a prompt is not supported yet"),
-        ("a --am2 3", "--am2 in a prompt is not known (did you mean --am?)"),
-        ("a --q 3", "--q in a prompt is not known"),
-        ("a --w wide", "the value is not readable"),
-        ("a --w", "the value is not readable"),
-        ("a --am ,.", "left out"),
-        ("a --ow 0", "must be 1 or more"),
-        ("{red|blue} cat", "choices in prompts are not supported yet"),
-        ("a cat AND a dog", "AND between sub-prompts is not supported yet"),
+        ("a --t 0.5 --w 64", "--t 0.5", "--t in a prompt cannot act: drawing from a picture is not", "remove it"),
+        ("a --dsd1 3", "--dsd1 3", "cannot act: Deep Shrink is not supported yet", "remove it"),
+        ("a --GLT 400", "--GLT 400", "cannot act: Gradual Latent is not supported yet", "remove it"),
+        ("a --ss euler", "--ss euler", "is an option of the sample prompts of training; here --sampler", "remove"),
+        ("a --cn x.png", "--cn x.png", "here --guide_image_path", "remove it"),
+        ("a --fs 3", "--fs 3", "is for other models", "remove it"),
+        ("a --am2 3", "--am2", "--am2 in a prompt is not known", "did you mean --am?"),
+        ("a --width 3", "--width", "--width in a prompt is not known", "did you mean --w?"),
+        ("a --q 3", "--q", "--q in a prompt is not known", "known: --w, --h"),
+        ("well-known --- dashes", "---", "is not known", "two dashes after a space"),
+        ("a --w wide --h 64", "wide", "--w wide: the value is not readable", ""),
+        ("a --w 512px", "512px", "the value is not readable", ""),
+        ("a --w 5.5", "5.5", "the value is not readable", ""),
+        ("a --w", "", "the value is missing", ""),
+        ("a --n --w 64", "", "--n: the value is missing", ""),
+        ("a --am ,.", ",.", "not readable", ""),
+        ("a --ow 0", "0", "must be 1 or more", ""),
+        ("a --w 99999", "99999", "must be 32768 or less", ""),
+        ("a --d 9223372036854775808", "9223372036854775808", "must be below 2^63", ""),
+        ("a --d 5 --l 1e999", "1e999", "is too large", ""),
+        ("a --s " + "9" * 5000, "9" * 48, "is too long", ""),
+        ("a --nl 2 --l 1", "--nl", "there is no guidance at scale 1", "remove it"),
+        ("a --f ../x", "../x", "without a folder", ""),
+        ("a --f x.jpg", "x.jpg", "must end in .png", ""),
+        ("a --f ..", "..", "cannot be a file's name", ""),
+        ("a cat AND a dog --w 64", "AND", "regional networks are not supported yet", "small letters"),
     ],
-)
-def test_what_has_no_effect_is_named_and_changes_nothing(line, words, caplog):
-    with caplog.at_level(logging.WARNING):
-        changed = parsed(line)
-    assert set(changed) == {"prompt"}
-    assert words in caplog.text
+)  # fmt: skip
+def test_what_cannot_act_is_shown_with_a_caret(line, marked, words, fix):
+    with pytest.raises(UserError) as error:
+        parse_line(PromptLine(line, "p.txt line 3"), DEFAULTS)
+    (problem,) = error.value.problems
+    assert words in problem.what and fix in problem.fix
+    where, shown, carets = problem.where.split("\n")
+    assert where == "p.txt line 3"
+    place = len(carets) - len(carets.lstrip())
+    assert carets.strip() == "^" * max(1, len(marked) if len(line) < 100 else len(carets.strip()))
+    assert shown[place : place + len(marked)] == marked
 
 
-def test_sizes_are_rounded_down_to_latent_cells_and_said(caplog):
+def test_all_problems_of_a_line_are_told_together():
+    with pytest.raises(UserError) as error:
+        parse_line("a AND b --q 1 --w x", DEFAULTS)
+    assert len(error.value.problems) == 3
+
+
+def test_text_after_a_value_is_named(caplog):
+    assert parse_line("a cat --s 30 and more", DEFAULTS).steps == 30
+    assert '"and more" after the value is not read' in caplog.text
+
+
+def test_sides_are_rounded_down_to_latent_cells_and_said(caplog):
     with caplog.at_level(logging.WARNING):
         assert parse_line("a --w 517 --h 3", DEFAULTS).size == Size(512, 64)
-    assert "517x768" in caplog.text and "512x64" in caplog.text
+    assert "517 pixels: taking 512" in caplog.text and "3 pixels: taking 64" in caplog.text
+
+
+def test_open_sides_take_the_size_of_the_model():
+    start = replace(DEFAULTS, size=Size(OPEN, OPEN))
+    assert with_open_sides(parse_line("a --w 512", start), Size(128, 128)).size == Size(512, 128)
+    assert with_open_sides(parse_line("a", start), Size(128, 96)).size == Size(128, 96)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("a", ()), ("a --d 5,6 --w 3", (5, 6)), ("a --D 5 --d 7", (7,)), ("a --d \0", ()), ("a --d 1\0", ()),
+     ("--d 4", (4,)), ("a --dd 4", ()), ("a --d 3, 4 text", (3, 4))],
+)  # fmt: skip
+def test_seeds_are_found_before_words_are_chosen(text, seeds):
+    assert seeds_of(text) == seeds
+
+
+def test_sub_prompts_are_told_apart():
+    assert split_and("a AND b, c AND d") == ["a", "b, c", "d"]
+    assert split_and("rANDom and x") == ["rANDom and x"]
+
+
+LINES = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.sampled_from([" --w ", " --h ", " --d ", " --s ", " --l ", " --nl ", " --n ", " --am ", " --f ", " --ct "]),
+        st.sampled_from(["512", "1e400", "-3", "9" * 30, "1,2", "none", ".5", " AND ", " --", "--", "{a|b}"]),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@given(LINES)
+@example(" --w 64 --w")
+@example("--")
+def test_any_line_is_a_request_or_an_explanation(line):
+    try:
+        request = parse_line(line, DEFAULTS)
+    except UserError as error:
+        assert all(problem.what and "^" in problem.where for problem in error.problems)
+        assert str(error)
+        return
+    for value in (request.scale, request.negative_scale or 0, *(request.network_muls or ())):
+        assert math.isfinite(value)
+    assert request.raw == line.strip() and request.raw.startswith(request.prompt)
+    assert 1 <= request.steps <= 1000 and all(side >= 64 and side % 8 == 0 for side in request.size)
+
+
+@given(st.text().filter(lambda text: "--" not in text and " AND " not in f" {text} "))
+def test_a_line_without_options_is_its_prompt(text):
+    assert parse_line(text, DEFAULTS) == replace(DEFAULTS, prompt=text.strip(), raw=text.strip())
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "end", "shown", "carets"),
+    [
+        ("abc", 1, 2, "abc", " ^"),
+        ("abc", 3, None, "abc", "   ^"),
+        ("漢字abc", 2, 4, "漢字abc", "    ^^"),
+        ("漢字", 0, 2, "漢字", "^^^^"),
+        ("e\u0301a", 2, 3, "e\u0301a", " ^"),
+        ("a\tb", 2, 3, "a b", "  ^"),
+        ("x" * 60 + "!" + "y" * 60, 60, 61, "…" + "x" * 48 + "!" + "y" * 24 + "…", " " * 49 + "^"),
+    ],
+)
+def test_a_caret_stands_under_its_place(text, start, end, shown, carets):
+    assert caret(text, start, end, indent=0).split("\n") == [shown, carets]
 
 
 def test_size_ids_fall_back_from_negative_to_original_to_output():
@@ -112,7 +232,9 @@ def write(tmp_path):
 
 def test_text_files_skip_blank_lines_and_comments(write):
     path = write("p.txt", "\ufeffone\n\n  # no\r\n two --s 3\n")
-    assert read_lines(path) == ["one", "two --s 3"]
+    assert file_lines(path) == [PromptLine("one", f"{path} line 1"), PromptLine("two --s 3", f"{path} line 4")]
+    assert prompt_lines(str(path), "other") == file_lines(path)
+    assert prompt_lines(None, " a ") == [PromptLine("a", "--prompt")] and prompt_lines(None, None) == []
     first, second = read_prompt_file(path, size=Size(512, 768))
     assert (first.prompt, first.size, first.steps, first.scale) == ("one", Size(512, 768), 30, 7.5)
     assert (first.sampler, first.seed) == ("euler_a", None)

@@ -1,40 +1,18 @@
-"""sdxl_gen_img.py from argv to files, and the plan of seeds."""
+"""sdxl_gen_img.py from argv to files."""
 
+import io
 import random
 
 import pytest
 from PIL import Image
 
 import sdxl_gen_img
+from library.inference import run
 from library.inference.prompt_line import GenRequest
-from library.inference.run import plan
 from library.inference.writer import PictureWriter, png_text, save_png
 from library.io.safetensors_file import save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and NumPy 2
-
-
-def seeds(prompts, **how):
-    return [r.seed for r in plan(prompts, **({"images_per_prompt": 1, "n_iter": 1, "seed": None} | how))]
-
-
-def test_one_picture_takes_the_seed_itself_and_several_sd_scripts_stream():
-    assert seeds([GenRequest()], seed=7) == [7]
-    stream = random.Random(7)
-    wanted = [stream.randint(0, 2**31 - 1) for _ in range(8)]
-    assert seeds([GenRequest(), GenRequest()], seed=7, images_per_prompt=2, n_iter=2) == wanted
-
-
-def test_seeds_in_a_prompt_are_used_up_picture_by_picture_in_every_iteration():
-    given = GenRequest(seeds=(1, 2))
-    first = random.Random(7).randint(0, 2**31 - 1)
-    planned = seeds([given], seed=7, images_per_prompt=3, n_iter=2)
-    assert planned[:3] == [1, 2, first] and planned[3:5] == [1, 2]
-    assert seeds([given, GenRequest()], seed=7) == [1, first]
-
-
-def test_without_a_seed_pictures_differ():
-    assert len(set(seeds([GenRequest()], images_per_prompt=20))) == 20
 
 
 def test_a_run_draws_what_its_file_says_and_writes_it_down(tmp_path, capsys):
@@ -121,3 +99,84 @@ def test_text_of_any_language_survives_in_the_file(tmp_path):
     request = GenRequest(prompt="ein grüner 猫 (sehr:1.2)", negative="плохо", raw="ein grüner 猫 --n плохо", seed=1)
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", png_text(request))
     assert Image.open(tmp_path / "a.png").text == png_text(request)
+
+
+def test_names_that_prompts_give_are_taken_as_they_are(tmp_path):
+    writer = PictureWriter(tmp_path, sequential=True)
+    given = [GenRequest(name=name, seed=3) for name in ("a.png", "", "A.png", "a.png", "b.png", "a_001.png")]
+    names = [writer.write(request, Image.new("RGB", (8, 8))).name for request in given]
+    assert names == ["a.png", "im_000002.png", "A_001.png", "a_002.png", "b.png", "a_001_001.png"]
+    assert PictureWriter(tmp_path).write(given[0], Image.new("RGB", (9, 9))).name == "a.png"  # of an earlier run
+
+
+def test_what_is_only_written_down_is_written_down():
+    text = png_text(GenRequest(clip_prompt="a dog", negative_scale=1.5))
+    assert (text["clip-prompt"], text["negative-scale"]) == ("a dog", "1.5")
+    assert not {"clip-prompt", "negative-scale"} & png_text(GenRequest()).keys()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_nothing_leaks_from_one_prompt_into_the_next(tmp_path, batch_size, lora_file):
+    first = "a {red|blue} circle --n dark --d 1,2"
+    others = [
+        "a (green:1.4) star BREAK {x|y} --w 64 --h 96 --ow 32 --oh 40 --nw 20 --nh 24 --ct 5 --cl 6 --s 2 --d 4 --l 3 "
+        "--nl 1.5 --n {blurry|bad} --am 0 --c words --f other",
+        "a red star --d 3,3 --nl 0 --am 2",
+        "long " * 100 + "--d 8 --l 1",
+    ]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(line for other in others for line in (first, other)) + "\n" + first)
+    argv = f"--ckpt tiny --from_file {prompts} --outdir {tmp_path / 'out'} --steps 3 --sampler euler_a --seed 1"
+    more = f"--images_per_prompt 2 --max_embeddings_multiples 2 --batch_size {batch_size} --sequential_file_name"
+    network = ["--network_module", "networks.lora", "--network_weights", str(lora_file), "--network_mul", "0.7"]
+    assert sdxl_gen_img.main([*argv.split(), *more.split(), *network]) == 0
+    pictures = [Image.open(path) for path in sorted((tmp_path / "out").glob("im_*"))]
+    drawn = {seed: [p for p in pictures if p.text["seed"] == seed and "circle" in p.text["prompt"]] for seed in "12"}
+    for same in drawn.values():
+        assert len(same) == 4 and len({(picture.tobytes(), str(sorted(picture.text.items()))) for picture in same}) == 1
+    assert drawn["1"][0].tobytes() != drawn["2"][0].tobytes()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"other.png", "other_001.png"} <= names and len(names) == 14
+
+
+def test_prompts_are_asked_for_while_the_model_stays_loaded(tmp_path, capsys, monkeypatch):
+    typed = iter(["", "a --q 1", "{a", "a red circle --d 5", "a --am 2", "  ", "a {red|green} star --l 1"])
+    asked = []
+
+    def read(ask):
+        asked.append(ask)
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("library.inference.interactive.ask_and_draw.__kwdefaults__", {"read": read})
+    loads = []
+    original = run.load_bundle
+    monkeypatch.setattr(run, "load_bundle", lambda *a, **k: loads.append(a) or original(*a, **k))
+    argv = f"--ckpt tiny --interactive --prompt first --outdir {tmp_path / 'out'} --steps 1 --seed 9"
+    assert sdxl_gen_img.main([*argv.split(), "--sequential_file_name"]) == 0
+    texts = [Image.open(path).text for path in sorted((tmp_path / "out").iterdir())]
+    assert [(text["prompt"], text["seed"]) for text in texts[:2]] == [("first", "9"), ("a red circle", "5")]
+    assert texts[2]["prompt"] in ("a red star", "a green star") and texts[2]["seed"] == "9" and len(texts) == 3
+    printed = capsys.readouterr()
+    assert len(asked) == 8 and len(loads) == 1 and "im_000003.png" in printed.out
+    assert "--q in a prompt is not known" in printed.err and "input line 3" in printed.err and "--am" in printed.err
+
+
+def test_no_prompt_at_all_draws_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert sdxl_gen_img.main(["--ckpt", "tiny", "--interactive", "--outdir", str(tmp_path / "out")]) == 0
+    assert "no pictures" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_prompts_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "load_bundle", lambda *a, **k: pytest.fail("loaded"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# fine\na cat\n\na __colour__ cat --w x\nb --glt 3\n")
+    (tmp_path / "cards").mkdir()
+    argv = f"--ckpt tiny --from_file {prompts} --wildcard_dir {tmp_path / 'cards'}"
+    assert sdxl_gen_img.main(argv.split()) == 2
+    printed = capsys.readouterr().err
+    assert "2 problems" in printed and f"{prompts} line 4" in printed and f"{prompts} line 5" in printed
+    assert "\n    b --glt 3\n      ^^^^^^^\n" in printed and "there is no wildcard file" in printed

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from library.models.prompts import BREAK, parse_weighted
+from library.models.prompts import BREAK, MAX_WEIGHT, parse_weighted
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,12 @@ def test_break_is_a_segment_of_its_own_when_asked_for(text: str, segments: list[
 @given(st.text(alphabet="ab()[]:\\.+-012 BREAK", max_size=40), st.booleans())
 @example("(a:" + "9" * 400 + ")", False)
 @example("(" * 8000 + "a", False)
+@example("((a:" + "9" * 300 + "):" + "9" * 300 + ")", False)
+@example("((a:" + "9" * 300 + "):-" + "9" * 300 + ")[b:0]", True)
 def test_every_text_is_a_prompt(text: str, breaks: bool):
     segments = parse_weighted(text, breaks=breaks)
     assert segments
-    assert not any(math.isnan(weight) for _, weight in segments)
+    assert all(math.isfinite(weight) and abs(weight) <= MAX_WEIGHT for _, weight in segments)
     for (one, weight), (other, next_weight) in pairwise(segments):
         assert weight != next_weight or BREAK in (one, other)
 
@@ -73,3 +75,16 @@ def test_every_text_is_a_prompt(text: str, breaks: bool):
 @given(st.text(alphabet=st.characters(exclude_characters="()[]\\"), max_size=40))
 def test_text_without_brackets_is_one_segment(text: str):
     assert parse_weighted(text) == [(text, 1.0)]
+
+
+@given(st.text(alphabet="ab é猫()[]-1.BREAK", max_size=40), st.booleans())
+def test_no_letter_is_lost_or_moved(text: str, breaks: bool):
+    said = "".join(part for part, _ in parse_weighted(text, breaks=breaks))
+    drop = str.maketrans("", "", "()[]")
+    assert said.translate(drop) == text.translate(drop)
+
+
+@given(st.text(alphabet="ab ()[]:", max_size=20), st.sampled_from(["1.5", "-0.25", ".5", "2"]))
+def test_escaped_text_in_a_weight_is_conserved(text: str, weight: str):
+    escaped = "".join(f"\\{letter}" if letter in "()[]\\" else letter for letter in text)
+    assert parse_weighted(f"({escaped}:{weight})") == [(text, float(weight))] or not text

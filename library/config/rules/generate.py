@@ -18,12 +18,21 @@ def checkpoint_is_named(cfg: RunConfig) -> list[Problem]:
     return [Problem("ckpt is missing", fix=fix)]
 
 
-@rule("prompt", "from_file", runs=GENERATOR)
+@rule("prompt", "from_file", "interactive", runs=GENERATOR)
 def prompt_is_there(cfg: RunConfig) -> list[Problem]:
-    """Drawing needs a prompt; an empty one counts when it is given."""
-    if cfg.generate.from_file or cfg.is_given("prompt"):
+    """Drawing needs a prompt, or someone to ask; an empty one counts when it is given."""
+    if cfg.generate.from_file or cfg.is_given("prompt") or cfg.generate.interactive:
         return []
-    return [Problem("there is no prompt", fix="give --prompt or --from_file")]
+    return [Problem("there is no prompt", fix="give --prompt or --from_file, or --interactive to be asked")]
+
+
+@rule("shuffle_prompts", "from_file", runs=GENERATOR)
+def something_is_shuffled(cfg: RunConfig) -> list[Problem]:
+    """Only the prompts of a file have an order."""
+    if not cfg.generate.shuffle_prompts or cfg.generate.from_file:
+        return []
+    what = "shuffle_prompts has nothing to shuffle: the prompts of from_file have an order, one prompt has none"
+    return conflict(cfg, what, "shuffle_prompts", fix="name from_file, or remove it")
 
 
 @rule("sampler", "prediction_type", "v_parameterization", "zero_terminal_snr", runs=GENERATOR)

@@ -1,0 +1,107 @@
+"""From prompt lines to the pictures of a run: which words, which seed, in which order. No torch."""
+
+import random
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from library.errors import Problem, UserError
+from library.inference.dynamic_prompts import Tree, fixed_text, forms, read_template, render, unescape
+from library.inference.prompt_line import MAX_SEED, GenRequest, parse_line, seeds_of
+from library.inference.prompt_source import PromptLine, distinct
+from library.inference.wildcards import Wildcards
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How often the lines are drawn, and what their seeds are.
+
+    The whole list is gone through n_iter times (shuffled: each time in another order), and each prompt is drawn
+    images_per_prompt times. seed: None for random ones. iter_same_seed: all prompts of one time have the same seeds.
+    """
+
+    images_per_prompt: int = 1
+    n_iter: int = 1
+    seed: int | None = None
+    iter_same_seed: bool = False
+    shuffled: bool = False
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A line; its forms are the prompts that its e$$ groups stand for, seeds those that it gives for certain."""
+
+    line: PromptLine
+    forms: list[Tree]
+    seeds: tuple[int, ...]
+
+
+def plan(
+    lines: Sequence[PromptLine], defaults: GenRequest, how: PlanOptions, *, wildcards: Wildcards | None = None
+) -> list[GenRequest]:
+    """Every picture of a run with its words and its seed, in the order in which they are drawn.
+
+    A picture takes the seed that its line gives with `--d`; where there is none, a run with one picture takes `seed`,
+    with several the next number of sd-scripts' stream `random.Random(seed).randint(0, 2^31 - 1)`, and without `seed`
+    a random one. The words of a picture are chosen by `random.Random(its seed)`: the same line and seed say the same,
+    whatever else is drawn. Pictures of one e$$ line share the seeds of `--d`: the first for the first of the
+    images_per_prompt of every combination, and so on.
+
+    Raises UserError with all problems of all lines.
+    """
+    wildcards = wildcards or Wildcards()
+    templates, problems = _templates(lines, wildcards)
+    total = sum(len(template.forms) for template in templates) * how.images_per_prompt * how.n_iter
+    seeds = _Seeds(how.seed, alone=total == 1)
+    planned: list[GenRequest] = []
+    for iteration in range(how.n_iter):
+        order = list(templates)
+        if how.shuffled:  # by a generator of its own, so that shuffling changes no seed of the stream
+            seed = secrets.randbits(64) if how.seed is None else how.seed
+            random.Random(f"order of the prompts {seed} {iteration}").shuffle(order)
+        shared = [seeds.next() for _ in range(how.images_per_prompt)] if how.iter_same_seed else []
+        for template in order:
+            for index in range(how.images_per_prompt):
+                for form in template.forms:
+                    given = template.seeds[index] if index < len(template.seeds) else None
+                    seed = given if given is not None else shared[index] if shared else seeds.next()
+                    try:
+                        request = _picture(template.line, form, defaults, seed, wildcards)
+                    except UserError as error:
+                        problems += error.problems
+                        continue
+                    chosen = request.seeds[index] if index < len(request.seeds) else seed
+                    planned.append(replace(request, seed=chosen))
+    if problems:
+        raise UserError.from_problems(distinct(problems))
+    return planned
+
+
+class _Seeds:
+    """Seeds of a run: sd-scripts' stream, the seed itself for a single picture, or random ones."""
+
+    def __init__(self, seed: int | None, *, alone: bool) -> None:
+        self._seed, self._alone, self._stream = seed, alone, random.Random(seed)
+
+    def next(self) -> int:
+        if self._seed is None:
+            return secrets.randbelow(MAX_SEED + 1)
+        return self._seed if self._alone else self._stream.randint(0, MAX_SEED)
+
+
+def _templates(lines: Sequence[PromptLine], wildcards: Wildcards) -> tuple[list[_Template], list[Problem]]:
+    templates, problems = [], []
+    for line in lines:
+        try:
+            tree = read_template(line, wildcards)
+            templates.append(_Template(line, forms(tree), seeds_of(fixed_text(tree))))
+        except UserError as error:
+            problems += error.problems
+    return templates, problems
+
+
+def _picture(line: PromptLine, form: Tree, defaults: GenRequest, seed: int, wildcards: Wildcards) -> GenRequest:
+    """One picture of a line; `raw` is the line with its choices made, and draws the same again as a prompt line."""
+    words = render(form, random.Random(seed), wildcards)
+    where = line.where if words == line.text else f"{line.where}, with the words that were chosen"
+    return replace(parse_line(PromptLine(unescape(words), where), defaults), raw=words.strip())
