@@ -115,6 +115,7 @@ def test_two_networks_take_an_image_each_in_the_order_of_the_files(bundle, place
     planned = with_guides([REQUEST] * 3, guides)
     assert [request.control for request in planned] == [guides[0], guides[1], guides[0]]
     assert with_guides([REQUEST], []) == [REQUEST]
+    assert with_guides([REQUEST] * 2, guides, start=1) == planned[1:]  # a later prompt of the same run goes on
     with loaded("12") as both:
         ab, ac = (drawn(bundle, [guided(places, *names)], both)[0] for names in ("ab", "ac"))
     with loaded("12", control_net_multipliers=[1.0, 0.0]) as first:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.inference.dynamic_prompts import MAX_FORMS, fixed_text, forms, read_template, render, unescape
+from library.inference.dynamic_prompts import MAX_FORMS, _count, fixed_text, forms, read_template, render, unescape
 from library.inference.prompt_source import PromptLine
 from library.inference.wildcards import Wildcards
 
@@ -132,6 +132,14 @@ def test_mistakes_are_shown_with_a_caret(text, marked, words):
         assert shown[place : place + len(carets.strip())] == marked
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("{e$$1-2$$a|b|c}", 6), ("{e$$2-3$$a|{e$$b|c}|d|e}", 16), ("{e$$a|b}{x|{e$$c|d|e}}", 6), ("{a|b}", 1)],
+)
+def test_combinations_are_counted_before_they_are_made(text, count):
+    assert _count(tree(text)) == len(forms(tree(text))) == count
+
+
 # --- wildcards ---------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +205,7 @@ def test_wildcards_that_lead_nowhere_are_explained(cards, text, where, words, fi
         every(text, cards)
     (problem,) = error.value.problems
     assert words in problem.what and fix in problem.fix
+    assert "itself" not in words or problem.what.endswith(words)  # found at the first return
     first, _, carets = problem.where.split("\n")
     assert first.endswith(where) and "^" in carets
 
@@ -218,7 +227,7 @@ def test_any_text_is_a_prompt_or_an_explanation(text, seed):
     except UserError as error:
         assert "^" in error.problems[0].where
         return
-    assert 1 <= len(all_forms) <= MAX_FORMS
+    assert 1 <= len(all_forms) == _count(tree(text)) <= MAX_FORMS
     for form in all_forms[:3]:
         said = render(form, random.Random(seed), NONE)
         assert said == render(form, random.Random(seed), NONE)

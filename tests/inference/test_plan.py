@@ -49,6 +49,11 @@ def test_settings_belong_to_one_prompt():
     assert a == GenRequest(prompt="a", raw="a", seed=a.seed) and c == GenRequest(prompt="a", raw="a", seed=c.seed)
 
 
+def test_pictures_that_differ_in_words_and_seed_only_share_a_batch():
+    a, b, c = (request.settings() for request in planned("a --n x --d 1 --f y --c z", "b --d 2,3", "b --l 2", seed=1))
+    assert a == b != c
+
+
 def test_the_same_line_and_seed_say_the_same_whatever_else_is_drawn():
     line = "{red|green|blue|white|black} {cat|dog|cow} {1|2|3|4|5|6|7|8} --d 11,12,13"
     alone = planned(line, images_per_prompt=3)
@@ -61,6 +66,7 @@ def test_the_same_line_and_seed_say_the_same_whatever_else_is_drawn():
 
 def test_raw_is_a_line_that_draws_the_same_again():
     for request in planned(r"{a|b} \{c\} {__x__|d} --n {e|f} --w {64|128}", seed=3, images_per_prompt=6):
+        assert request.raw.split(" --n")[0] in (r"a \{c\} __x__", r"b \{c\} __x__", r"a \{c\} d", r"b \{c\} d")
         assert r"\{c\}" in request.raw and "{c}" in request.prompt and request.negative in ("e", "f")
         (again,) = planned(request.raw, seed=request.seed)
         assert again == request

@@ -164,6 +164,23 @@ def test_prompts_are_asked_for_while_the_model_stays_loaded(tmp_path, capsys, mo
     assert "--q in a prompt is not known" in printed.err and "input line 3" in printed.err and "--am" in printed.err
 
 
+def test_options_of_the_command_line_reach_the_plan(tmp_path):
+    prompts, cards = tmp_path / "prompts.txt", tmp_path / "cards"
+    cards.mkdir()
+    (cards / "colour.txt").write_text("red\n")
+    prompts.write_text("".join(f"{number} __colour__ --l {number % 2 + 1}\n" for number in range(5)))
+    argv = (
+        f"--ckpt tiny --from_file {prompts} --wildcard_dir {cards} --outdir {tmp_path / 'out'} --W 64 --H 64 --seed 4"
+    )
+    more = "--steps 1 --n_iter 2 --shuffle_prompts --iter_same_seed --negative_scale 0.5 --sequential_file_name"
+    assert sdxl_gen_img.main([*argv.split(), *more.split()]) == 0
+    texts = [Image.open(path).text for path in sorted((tmp_path / "out").iterdir())]
+    first, second = ([text["prompt"] for text in half] for half in (texts[:5], texts[5:]))
+    assert sorted(first) == sorted(second) == [f"{number} red" for number in range(5)] and first != second
+    assert [len({text["seed"] for text in half}) for half in (texts[:5], texts[5:], texts)] == [1, 1, 2]
+    assert {text["negative-scale"] for text in texts} == {"0.5"}
+
+
 def test_no_prompt_at_all_draws_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert sdxl_gen_img.main(["--ckpt", "tiny", "--interactive", "--outdir", str(tmp_path / "out")]) == 0
