@@ -22,13 +22,12 @@ from safetensors.torch import load_file, save_file
 from library.config.cli import make_config
 from library.config.runs import RUNS
 from library.data import dataset
-from library.models import checkpoint
+from library.models import checkpoint, scratch
 from library.training import launch
 from library.training.export_check import ExportCheck
 from tests.e2e.options.copying import Copier
 
 BASE: dict[str, Any] = {
-    "pretrained_model_name_or_path": "tiny",
     "resolution": 64,
     "caption_extension": ".txt",
     "train_batch_size": 2,
@@ -72,6 +71,10 @@ def _models(folder: Path) -> None:
     bundle = checkpoint.load_bundle("tiny")
     config = {**bundle.unet.config, "transformer_layers_per_block": [1, 1, 1]}
     (folder / "unet.json").write_text(json.dumps(config, default=list))
+    narrow = {**config, "block_out_channels": [16, 32, 32], "attention_head_dim": [1, 2, 2]}
+    (folder / "narrow.json").write_text(json.dumps(narrow, default=list))
+    scratch.new_unet(bundle, folder / "narrow.json", seed=1)
+    checkpoint.save_single_file(bundle, folder / "small.safetensors")
     with torch.no_grad():
         bundle.vae.quant_conv.bias += 0.1
         bundle.unet.conv_out.bias += 0.1
@@ -190,7 +193,12 @@ def _watch(bundle: Any, seen: Seen) -> None:
 def observe(run: str, folder: Path, patch: Any, name: str, options: dict[str, Any]) -> Seen:
     """Train as `run` with BASE and `options` into `folder/name`; raises UserError where the options are refused."""
     output = folder / name
-    values = {**BASE, **OF_MODE[run], "train_data_dir": str(folder / "images"), "output_dir": str(output), **options}
+    places = {
+        "pretrained_model_name_or_path": str(folder / "small.safetensors"),
+        "train_data_dir": str(folder / "images"),
+        "output_dir": str(output),
+    }
+    values = {**BASE, **OF_MODE[run], **places, **options}
     cfg = make_config(run, **{key: value for key, value in values.items() if value is not None})
     seen = Seen()
     with _spied(seen, patch), contextlib.redirect_stderr(io.StringIO()):
