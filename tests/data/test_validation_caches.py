@@ -131,6 +131,7 @@ def test_ranks_share_the_held_out_images(folder, to_disk, monkeypatch):
         for batch in batches(alone.data.validation)
         for key, row in zip(batch.keys, batch.latents_B4hw, strict=True)
     }
+    alone.data.close()
 
     def work(rank):
         run = Run(specs, encode=fake_vae, rank=rank, world=2, to_disk=to_disk)
