@@ -1,12 +1,13 @@
 """The embedded tiny model, loaded once for all tests of this folder; a test that changes it changes it back."""
 
+import diffusers
 import pytest
 import torch
 
 from library.inference.adapters import adapter_roots
 from library.io.safetensors_file import save
 from library.models.bundle import ModelBundle
-from library.models.checkpoint import load_bundle
+from library.models.checkpoint import load_bundle, save_diffusers
 from networks import lora
 
 
@@ -26,3 +27,13 @@ def lora_file(bundle, tmp_path_factory):
     path = tmp_path_factory.mktemp("lora") / "noise.safetensors"
     save(network.export()[0], path)
     return path
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle, tmp_path_factory):
+    """diffusers' own pipeline, from a folder that the library wrote, on the CPU."""
+    folder = tmp_path_factory.mktemp("diffusers") / "tiny"
+    save_diffusers(bundle, folder)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, force_zeros_for_empty_prompt=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -14,7 +14,6 @@ from library.inference.launch import encode_requests, generate
 from library.inference.prompt_line import GenRequest
 from library.inference.samplers import start_noise
 from library.inference.texts import TextForm
-from library.models.checkpoint import save_diffusers
 from library.sizes import Size
 from networks import lora
 
@@ -39,16 +38,6 @@ def pictures(bundle, requests, **how) -> list[np.ndarray]:
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     """Mean absolute difference, in steps of 1/255."""
     return float(np.abs(a.astype(float) - b.astype(float)).mean())
-
-
-@pytest.fixture(scope="module")
-def pipeline(bundle, tmp_path_factory):
-    """diffusers' own pipeline, from a folder that the library wrote."""
-    folder = tmp_path_factory.mktemp("diffusers") / "tiny"
-    save_diffusers(bundle, folder)
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, force_zeros_for_empty_prompt=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)

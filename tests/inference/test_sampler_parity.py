@@ -10,7 +10,6 @@ import torch
 from library.inference.launch import generate
 from library.inference.prompt_line import GenRequest
 from library.inference.samplers import start_noise
-from library.models.checkpoint import save_diffusers
 from library.sizes import Size
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
@@ -39,16 +38,6 @@ CASES = [
     ("unipc", lambda: diffusers.UniPCMultistepScheduler(**SDXL), {}),
     ("lcm", lambda: diffusers.LCMScheduler(**SDXL), {"scale": 1.0}),
 ]
-
-
-@pytest.fixture(scope="module")
-def pipeline(bundle, tmp_path_factory):
-    """diffusers' own pipeline, from a folder that the library wrote, on the CPU."""
-    folder = tmp_path_factory.mktemp("diffusers") / "tiny"
-    save_diffusers(bundle, folder)
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, force_zeros_for_empty_prompt=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(("sampler", "scheduler", "how"), CASES, ids=[f"{name}-{how}" for name, _, how in CASES])
