@@ -19,7 +19,7 @@ from library.data.pixels import to_pixels
 from library.data.transforms import resize
 from library.errors import UserError
 from library.inference.adapters import adapter_roots
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.io.images import read_image, read_size
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger

@@ -17,7 +17,7 @@ from library.inference.controls import Controls
 from library.inference.denoise import denoise
 from library.inference.guidance import Branch, Guidance, guided
 from library.inference.network_set import at_strengths
-from library.inference.prompt_line import CELL, MAX_SEED, GenRequest
+from library.inference.request import CELL, MAX_SEED, GenRequest
 from library.inference.samplers import make_scheduler, start_noise
 from library.inference.texts import Conditioning, TextForm
 from library.log import Console

@@ -27,7 +27,7 @@ from networks._network import AdapterNetwork
 
 if TYPE_CHECKING:
     from library.config.generate import GenerateOptions
-    from library.inference.prompt_line import GenRequest
+    from library.inference.request import GenRequest
 
 logger = get_logger(__name__)
 

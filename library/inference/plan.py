@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from library.errors import Problem, UserError
 from library.inference.dynamic_prompts import Tree, fixed_text, forms, read_template, render, unescape
-from library.inference.prompt_line import MAX_SEED, GenRequest, parse_line, seeds_of
+from library.inference.prompt_line import parse_line, seeds_of
 from library.inference.prompt_source import PromptLine, distinct
+from library.inference.request import MAX_SEED, GenRequest
 from library.inference.wildcards import Wildcards
 
 

@@ -15,8 +15,8 @@ from library.inference.launch import encode_requests, generate
 from library.inference.network_set import check_strengths, load_set
 from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
-from library.inference.prompt_line import CELL, OPEN, GenRequest, with_open_sides
 from library.inference.prompt_source import prompt_lines
+from library.inference.request import CELL, OPEN, GenRequest, with_open_sides
 from library.inference.samplers import make_scheduler
 from library.inference.texts import TextForm
 from library.inference.wildcards import Wildcards

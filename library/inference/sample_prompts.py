@@ -10,9 +10,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.inference.prompt_line import (
-    NATIVE_SIZE,
     Change,
-    GenRequest,
     at_least,
     finite,
     fitting,
@@ -25,6 +23,7 @@ from library.inference.prompt_line import (
     warn_of_generator_syntax,
 )
 from library.inference.prompt_source import prompt_lines, read_text
+from library.inference.request import NATIVE_SIZE, GenRequest
 from library.log import get_logger
 from library.sizes import Size
 

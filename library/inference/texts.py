@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from library.diffusion.conditioning import TextCond
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.log import get_logger
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.io.atomic import atomic_path
 
 

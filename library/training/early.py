@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from library.errors import UserError
 from library.inference.controls import check_samples
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.inference.sample_prompts import read_prompt_file
 from library.inference.samplers import make_scheduler
 from library.log import get_logger

@@ -16,7 +16,7 @@ from PIL import Image
 from library.errors import UserError
 from library.inference import launch as inference
 from library.inference.controls import Controls
-from library.inference.prompt_line import MAX_SEED, GenRequest
+from library.inference.request import MAX_SEED, GenRequest
 from library.inference.texts import TextForm
 from library.inference.writer import png_text, save_png
 from library.log import get_logger

@@ -12,7 +12,7 @@ import sdxl_train_network
 import sdxl_train_textual_inversion
 from benchmarks.textual_inversion import colour
 from library.inference.launch import generate
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.inference.samplers import start_noise
 from library.models.checkpoint import load_bundle, save_diffusers
 from library.models.families import sdxl

@@ -14,7 +14,8 @@ from library.errors import UserError
 from library.inference.adapters import adapter_roots
 from library.inference.controls import check_samples, guide_images, load_controls, with_guides
 from library.inference.launch import generate
-from library.inference.prompt_line import GenRequest, parse_sample_line
+from library.inference.prompt_line import parse_sample_line
+from library.inference.request import GenRequest
 from library.inference.sample_prompts import read_prompt_file
 from library.io.safetensors_file import save
 from library.sizes import Size

@@ -11,7 +11,7 @@ import torch
 from library.inference import launch
 from library.inference.adapters import adapter_roots, load_networks
 from library.inference.launch import encode_requests, generate
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.inference.samplers import start_noise
 from library.inference.texts import TextForm
 from library.sizes import Size

@@ -11,7 +11,7 @@ from library.diffusion.conditioning import TextCond
 from library.inference import launch
 from library.inference.guidance import Branch, Guidance, guided
 from library.inference.launch import encode_requests, generate
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.inference.texts import TextForm
 from library.sizes import Size
 

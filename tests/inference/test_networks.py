@@ -16,7 +16,7 @@ from library.inference.adapters import adapter_roots, read_network
 from library.inference.foreign import host_of
 from library.inference.launch import encode_requests, generate
 from library.inference.network_set import add_to_model, check_strengths, load_set
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.sizes import Size
 from networks import _foreign, lora
 from networks._block_weights import block_factor, block_of

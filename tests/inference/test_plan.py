@@ -8,8 +8,8 @@ import pytest
 from library.config.choices import ROOT
 from library.errors import UserError
 from library.inference.plan import PlanOptions, plan
-from library.inference.prompt_line import GenRequest
 from library.inference.prompt_source import PromptLine
+from library.inference.request import GenRequest
 from library.inference.wildcards import Wildcards
 
 

@@ -11,7 +11,7 @@ from library.errors import UserError
 from library.inference import launch, samplers
 from library.inference.denoise import denoise
 from library.inference.launch import encode_requests
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.models.families import sdxl
 from library.models.prediction import schedule_for
 from library.sizes import Size

@@ -9,16 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.inference.prompt_line import (
-    OPEN,
-    GenRequest,
-    parse_line,
-    parse_sample_line,
-    seeds_of,
-    split_and,
-    with_open_sides,
-)
+from library.inference.prompt_line import parse_line, parse_sample_line, seeds_of
 from library.inference.prompt_source import PromptLine, caret, file_lines, prompt_lines
+from library.inference.request import OPEN, GenRequest, split_and, with_open_sides
 from library.inference.sample_prompts import read_prompt_file
 from library.sizes import Size
 

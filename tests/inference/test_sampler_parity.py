@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.inference.launch import generate
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.inference.samplers import start_noise
 from library.sizes import Size
 

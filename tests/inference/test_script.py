@@ -8,7 +8,7 @@ from PIL import Image
 
 import sdxl_gen_img
 from library.inference import run
-from library.inference.prompt_line import GenRequest
+from library.inference.request import GenRequest
 from library.inference.writer import PictureWriter, png_text, save_png
 from library.io.safetensors_file import save
 

@@ -1,0 +1,72 @@
+"""One picture to make: what, how large, how. No torch."""
+
+from dataclasses import dataclass, replace
+
+from library.sizes import Size
+
+CELL = 8  # pixels per latent cell, each way
+SMALLEST_SIDE = 64
+MAX_STEPS = 1000
+NATIVE_SIZE = Size(1024, 1024)  # what SDXL was trained at
+OPEN = 0  # a side that nothing has said yet: it becomes the size that the model was made for
+MAX_SIDE = 2**15
+MAX_SEED = 2**31 - 1  # of the seeds that a run draws
+SEED_END = 2**63  # given ones are below
+AND = " AND "  # between the sub-prompts of one picture
+
+
+@dataclass(frozen=True)
+class GenRequest:
+    """One picture: what, how large, how.
+
+    seed None: a random one. eta None: the sampler's own. negative_scale None: plain guidance (guidance.Guidance).
+    original_*, crop_* are the size ids that the model is told, None meaning the output size and 0; original_*_negative
+    those of the negative branch, None meaning the positive branch's. network_muls: the strengths of the networks, None
+    meaning as loaded. control: paths of the control images. seeds: what `--d` gave for the pictures of this prompt.
+    clip_prompt is only written into the picture's file; name is that file's. raw: the whole line, its choices made.
+    """
+
+    prompt: str = ""
+    negative: str = ""
+    size: Size = NATIVE_SIZE
+    steps: int = 50
+    scale: float = 7.5
+    seed: int | None = None
+    sampler: str = "ddim"
+    eta: float | None = None
+    negative_scale: float | None = None
+    guidance_rescale: float = 0.0
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int | None = None
+    crop_left: int | None = None
+    network_muls: tuple[float, ...] | None = None
+    control: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    clip_prompt: str = ""
+    name: str = ""
+    raw: str = ""
+
+    def settings(self) -> "GenRequest":
+        """What has to be equal for pictures to be drawn in one batch; all else is left out."""
+        return replace(self, prompt="", negative="", seed=None, seeds=(), control=(), clip_prompt="", name="", raw="")
+
+    def size_ids(self, *, negative: bool = False) -> tuple[int, int, int, int, int, int]:
+        """(original h, original w, crop top, crop left, target h, target w) of one branch."""
+        original_w, original_h = self.original_width or self.size.w, self.original_height or self.size.h
+        if negative:
+            original_w = self.original_width_negative or original_w
+            original_h = self.original_height_negative or original_h
+        return (original_h, original_w, self.crop_top or 0, self.crop_left or 0, self.size.h, self.size.w)
+
+
+def split_and(prompt: str) -> list[str]:
+    """The sub-prompts of a prompt, which " AND " separates; at least one."""
+    return prompt.split(AND)
+
+
+def with_open_sides(request: GenRequest, size: Size) -> GenRequest:
+    """The request with `size` on the sides that are open."""
+    return replace(request, size=Size(request.size.w or size.w, request.size.h or size.h))
