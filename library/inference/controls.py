@@ -5,26 +5,23 @@ Source: gen_img.md section 13 (the order of the images, sizes and ratios).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from library.data.folder_listing import list_folder
-from library.data.pixels import to_pixels
-from library.data.transforms import resize
 from library.errors import UserError
 from library.inference.adapters import adapter_roots
+from library.inference.followers import BeforeCall, UNetCall
 from library.inference.request import GenRequest
-from library.io.images import read_image, read_size
+from library.inference.source_pictures import picture_files, picture_pixels
+from library.io.images import read_size
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger
 from library.models.bundle import ModelBundle
-from library.sizes import Size
 from networks import control_net_lllite
 from networks._lllite_files import sizes_of
 from networks.control_net_lllite import LLLiteNetwork
@@ -50,35 +47,26 @@ class Controls:
         self.controls = tuple(controls)
 
     @contextmanager
-    def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[Callable[[], None]]:
+    def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[BeforeCall]:
         """Condition the networks on the images of a batch whose requests are all of one size.
 
-        Each is embedded once. What is yielded is to be called before each of the `calls` of the U-Net: a network of
-        ratio r is switched off before call i (from 0) when r < i / calls.
+        Each is embedded once. A network of ratio r is switched off before call i (from 0) when r < i / calls.
         """
-        done = 0
 
-        def before_call() -> None:
-            nonlocal done
+        def before_call(call: UNetCall) -> None:
             for control in self.controls:
-                if control.ratio < done / calls:
+                if control.ratio < call.number / call.of:
                     control.network.set_condition(None)
-            done += 1
 
         try:
             for index, control in enumerate(self.controls):
-                images = [_pixels(request.control[index], request.size) for request in batch if request.control]
+                images = [picture_pixels(request.control[index], request.size) for request in batch if request.control]
                 assert len(images) in (0, len(batch)), "requests with and without control images share no batch"
                 control.network.set_condition(torch.stack(images).to(device) if images else None)
             yield before_call
         finally:
             for control in self.controls:
                 control.network.set_condition(None)
-
-
-def _pixels(path: str, size: Size) -> Tensor:
-    """A control image at the size of its picture, (3, H, W) in [-1, 1]."""
-    return to_pixels(resize(read_image(path), size, interpolation="lanczos"))
 
 
 def guide_images(options: GenerateOptions) -> list[tuple[str, ...]]:
@@ -90,14 +78,7 @@ def guide_images(options: GenerateOptions) -> list[tuple[str, ...]]:
     count = len(options.control_net_lllite_models)
     if not count:
         return []
-    paths: list[str] = []
-    for name in options.guide_image_path:
-        found = [str(Path(name) / image) for image in list_folder(name).images] if Path(name).is_dir() else [name]
-        if not found:
-            raise UserError("the folder holds no image", f"guide_image_path {name}", "name one with control images")
-        paths += found
-    for path in paths:
-        read_size(path)
+    paths = picture_files(options.guide_image_path, option="guide_image_path")
     if len(paths) % count:
         raise UserError(
             f"{len(paths)} control images cannot be shared out among {count} networks",

@@ -1,7 +1,6 @@
 """From requests to pictures: encodes prompts, batches what can be drawn together, denoises, decodes."""
 
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Literal
@@ -12,13 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from library.diffusion.conditioning import TextCond
-from library.inference.controls import Controls
-from library.inference.denoise import denoise
-from library.inference.guidance import Branch, Guidance, guided
+from library.inference.followers import Follower
 from library.inference.network_set import at_strengths
-from library.inference.request import CELL, MAX_SEED, GenRequest
-from library.inference.samplers import make_scheduler, start_noise
+from library.inference.request import GenRequest
+from library.inference.source_pictures import init_latents
+from library.inference.stage import Stage, steps_done, with_seeds
 from library.inference.texts import Conditioning, TextForm
 from library.log import Console
 from library.models.bundle import ModelBundle
@@ -59,15 +56,15 @@ def generate(
     vae_batch_size: int | None = None,
     conditioning: Conditioning | TextForm | None = None,
     networks: Sequence[Any] = (),
-    controls: Controls | None = None,
+    followers: Sequence[Follower] = (),
 ) -> Iterator[tuple[GenRequest, Image.Image]]:
     """Draw the requests and yield each with its picture, in their order.
 
     Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
     vae_batch_size of them at once. device: where to compute (None: where the U-Net is). conditioning: the encoded
     requests, when the text encoders are busy or gone; or the form in which they are encoded here (None: a
-    generator's). networks: those whose strength the requests' network_muls set. controls: those that follow the
-    requests' control images. Models should be in eval mode; the dtype is theirs.
+    generator's). networks: those whose strength the requests' network_muls set. followers: what else acts
+    on the U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
 
     A picture's noise depends on its seed alone. Its numbers can differ in the last bits with the size of the batch
     it is drawn in, since matrix products do, and never with its place in a batch.
@@ -75,7 +72,8 @@ def generate(
     if not isinstance(conditioning, Conditioning):
         form = conditioning or TextForm()
         conditioning = encode_requests(bundle, requests, device=device, text_form=form, networks=networks)
-    total = sum(request.steps for request in requests)
+    requests = with_seeds(requests)
+    total = sum(steps_done(request, over=request.image is not None) for request in requests)
     with (
         _on(device, bundle.unet, bundle.vae),
         tqdm(
@@ -84,7 +82,7 @@ def generate(
     ):
         for batch in _batches(requests, batch_size, conditioning):
             with at_strengths(networks, batch[0].network_muls):
-                latents = _denoised(bundle, batch, conditioning, controls=controls or Controls([]), bar=bar)
+                latents = _drawn(Stage(bundle, conditioning, followers, bar), batch)
             pictures = _decoded(bundle, latents, vae_batch_size or batch_size)
             yield from zip(batch, pictures, strict=True)
 
@@ -93,7 +91,8 @@ def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Cond
     """Runs of neighbours that can be drawn together, cut at batch_size."""
 
     def together(request: GenRequest) -> Any:
-        return request.settings(), len(request.control), conditioning.num_positions(request)
+        sources = len(request.control), request.image is None, request.mask is None
+        return request.settings(), sources, conditioning.num_positions(request)
 
     for _, neighbours in groupby(requests, key=together):
         run = list(neighbours)
@@ -101,44 +100,9 @@ def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Cond
             yield run[start : start + batch_size]
 
 
-def _denoised(
-    bundle: ModelBundle, batch: list[GenRequest], conditioning: Conditioning, *, controls: Controls, bar: tqdm
-) -> Tensor:
+def _drawn(stage: Stage, batch: list[GenRequest]) -> Tensor:
     """Latents (B, 4, h, w), scaled, float32, of requests that can be drawn together."""
-    first = batch[0]
-    device = bundle.unet.device
-    scheduler = make_scheduler(
-        first.sampler,
-        prediction_type=bundle.prediction_type,
-        steps=first.steps,
-        schedule=bundle.schedule,
-        eta=first.eta,
-    )
-    seeds = [secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed for request in batch]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = start_noise(generators, (bundle.unet.config.in_channels, first.size.h // CELL, first.size.w // CELL))
-
-    def model(x: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor) -> Tensor:
-        before_call()
-        return sdxl.predict(bundle.unet, x, t_B, text, sizes_B6)
-
-    def branch(negative: bool, rows: Callable[[GenRequest], TextCond]) -> Branch:
-        text = TextCond.cat([rows(request) for request in batch])
-        sizes = [request.size_ids(negative=negative) for request in batch]
-        return Branch(text.to(device), torch.tensor(sizes, dtype=torch.float32, device=device))
-
-    with_negative, with_neutral = first.scale > 1, first.scale > 1 and first.negative_scale is not None
-    predict = guided(
-        model,
-        positive=branch(False, conditioning.text),
-        negative=branch(True, lambda request: conditioning.text(request, negative=True)) if with_negative else None,
-        neutral=branch(True, conditioning.neutral) if with_neutral else None,
-        guidance=Guidance(first.scale, first.negative_scale, first.guidance_rescale),
-    )
-    calls = len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
-    advance = len(batch) * first.steps / calls
-    with controls.on(batch, calls=calls, device=device) as before_call:
-        return denoise(predict, noise.to(device), scheduler, generators=generators, on_step=lambda: bar.update(advance))
+    return stage.draw(batch, *init_latents(stage.bundle, batch))
 
 
 def _decoded(bundle: ModelBundle, latents: Tensor, at_once: int) -> Iterator[Image.Image]:

@@ -1,8 +1,14 @@
 """One picture to make: what, how large, how. No torch."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from library.sizes import Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CELL = 8  # pixels per latent cell, each way
 SMALLEST_SIDE = 64
@@ -23,7 +29,9 @@ class GenRequest:
     original_*, crop_* are the size ids that the model is told, None meaning the output size and 0; original_*_negative
     those of the negative branch, None meaning the positive branch's. network_muls: the strengths of the networks, None
     meaning as loaded. control: paths of the control images. seeds: what `--d` gave for the pictures of this prompt.
-    clip_prompt is only written into the picture's file; name is that file's. raw: the whole line, its choices made.
+    image: the picture that is drawn over, and mask: where (white is drawn anew; None: everywhere), paths or pictures;
+    strength: the share of the steps that is done then. clip_prompt is only written into the picture's file; name is
+    that file's. raw: the whole line, its choices made.
     """
 
     prompt: str = ""
@@ -44,14 +52,20 @@ class GenRequest:
     crop_left: int | None = None
     network_muls: tuple[float, ...] | None = None
     control: tuple[str, ...] = ()
+    image: str | Image | None = None
+    mask: str | Image | None = None
+    strength: float = 0.8
     seeds: tuple[int, ...] = ()
     clip_prompt: str = ""
     name: str = ""
     raw: str = ""
 
-    def settings(self) -> "GenRequest":
+    def settings(self) -> GenRequest:
         """What has to be equal for pictures to be drawn in one batch; all else is left out."""
-        return replace(self, prompt="", negative="", seed=None, seeds=(), control=(), clip_prompt="", name="", raw="")
+        return replace(
+            self, prompt="", negative="", seed=None, seeds=(), control=(), image=None, mask=None, clip_prompt="",
+            name="", raw="",
+        )  # fmt: skip
 
     def size_ids(self, *, negative: bool = False) -> tuple[int, int, int, int, int, int]:
         """(original h, original w, crop top, crop left, target h, target w) of one branch."""

@@ -99,7 +99,7 @@ class _Studio:
             vae_batch_size=_vae_batch_size(options),
             conditioning=conditioning,
             networks=self.networks,
-            controls=self.controls,
+            followers=[self.controls],
         )
         if requests:
             logger.info("drawing %d pictures with %s", len(requests), options.ckpt)

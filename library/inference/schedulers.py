@@ -55,8 +55,30 @@ class PndmScheduler(diffusers.PNDMScheduler):
             model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
         return super().step(model_output, timestep, sample)
 
+    def begin_at(self, step: int) -> Tensor:
+        """Begin at step number `step`, from 1 on without the Runge-Kutta start; returns the timesteps that are left.
 
-class Dpm2Scheduler(diffusers.KDPM2DiscreteScheduler):
+        The multistep stages take their second timestep twice, the first time with Euler's method.
+        """
+        if step:
+            left = torch.from_numpy(self._timesteps[::-1].copy())[step:]
+            self.prk_timesteps, self.timesteps = [], torch.cat([left[:1], left[1:2], left[1:]])
+        return self.timesteps
+
+
+class _NoiseOfStages:
+    """Noise of the sigma between two steps, after the first stage of one, where diffusers takes that of the second."""
+
+    _stage_index = 0
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 + sigma * noise at the sigma that the scheduler has come to."""
+        if self.step_index is None or self.state_in_first_order:  # type: ignore[attr-defined]
+            return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
+        return original_samples + noise * self.sigmas_interpol[self.step_index + self._stage_index]  # type: ignore[attr-defined]
+
+
+class Dpm2Scheduler(_NoiseOfStages, diffusers.KDPM2DiscreteScheduler):
     """DPM-Solver-2 (Karras et al. 2022, algorithm 2, without noise), telling the model the timesteps of its sigmas."""
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -65,11 +87,13 @@ class Dpm2Scheduler(diffusers.KDPM2DiscreteScheduler):
         _undo_rounding(self)
 
 
-class Dpm2AncestralScheduler(diffusers.KDPM2AncestralDiscreteScheduler):
+class Dpm2AncestralScheduler(_NoiseOfStages, diffusers.KDPM2AncestralDiscreteScheduler):
     """DPM-Solver-2 with ancestral noise (Karras et al. 2022, algorithm 2, with eta 1), drawing as sd-scripts does.
 
     Its generators give noise in both stages of a step and the first is dropped; so a seed's noise is the same here.
     """
+
+    _stage_index = -1
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Choose the sigmas of both stages and their timesteps."""
@@ -122,7 +146,7 @@ class DpmppSdeScheduler(diffusers.EulerDiscreteScheduler):
     eta (0 to 1) is the share of the noise. The last step, to sigma 0, has one stage and no noise.
     """
 
-    eta = 1.0
+    eta, order = 1.0, 2
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Choose the sigmas, with a midpoint (geometric mean) in every step but the last."""

@@ -126,5 +126,5 @@ class PreviewHook:
             requests,
             device=self.device,
             conditioning=self.conditioning or self.text_form,
-            controls=self.controls,
+            followers=[] if self.controls is None else [self.controls],
         )

@@ -64,7 +64,10 @@ def guided(places: Path, *names: str) -> GenRequest:
 
 
 def drawn(bundle, requests, controls=None, **how):
-    return [np.asarray(picture).astype(np.int16) for _, picture in generate(bundle, requests, controls=controls, **how)]
+    return [
+        np.asarray(picture).astype(np.int16)
+        for _, picture in generate(bundle, requests, followers=[controls] if controls else [], **how)
+    ]
 
 
 def test_pictures_follow_their_own_image_whatever_they_are_drawn_with(bundle, places, loaded):

@@ -94,10 +94,8 @@ def test_the_size_of_a_batch_changes_less_than_one_step_of_colour(bundle):
 
 def test_pictures_come_in_order_and_only_equal_settings_share_a_batch(bundle, monkeypatch):
     sizes = []
-    original = launch._denoised
-    monkeypatch.setattr(
-        launch, "_denoised", lambda b, batch, *a, **k: sizes.append(len(batch)) or original(b, batch, *a, **k)
-    )
+    original = launch._drawn
+    monkeypatch.setattr(launch, "_drawn", lambda stage, batch: sizes.append(len(batch)) or original(stage, batch))
     small = replace(RED, steps=1, size=Size(64, 64))
     requests = [small, replace(small, seed=2), replace(small, seed=3, prompt="x"), replace(small, size=Size(64, 96)),
                 replace(small, scale=2.0), replace(small, steps=2), small]  # fmt: skip

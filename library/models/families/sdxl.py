@@ -38,13 +38,14 @@ def save(
         checkpoint.save_single_file(bundle, path, dtype=dtype, metadata=metadata)
 
 
-def predict(unet: Any, x_BChw: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor) -> Tensor:
+def predict(unet: Any, x_BChw: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor, **extra: Any) -> Tensor:
     """The prediction (noise or velocity, as the model was trained), shape and dtype of the U-Net's output.
 
     x_BChw are noisy latents x 0.13025, t_B timesteps 0..999, sizes_B6 (original h, w, crop top, left, target h, w) in
-    pixels, kept in float32 on the way to their sinusoids because half precision cannot hold them.
+    pixels, kept in float32 on the way to their sinusoids because half precision cannot hold them. extra: further
+    arguments of the U-Net.
     """
     dtype = unet.dtype
     added = {"text_embeds": text.pooled_BP.to(dtype), "time_ids": sizes_B6.to(x_BChw.device, torch.float32)}
     x_BChw, t_B = x_BChw.to(dtype), t_B.to(x_BChw.device)
-    return unet(x_BChw, t_B, encoder_hidden_states=text.hidden_BTD.to(dtype), added_cond_kwargs=added).sample
+    return unet(x_BChw, t_B, encoder_hidden_states=text.hidden_BTD.to(dtype), added_cond_kwargs=added, **extra).sample
