@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
+    from library.config.img2img import Img2ImgOptions
     from library.config.lllite import LlliteOptions
     from library.config.loop import LoopOptions
     from library.config.model import ModelOptions
@@ -55,6 +56,7 @@ class RunConfig:
     validation: ValidationOptions
     ema: EmaOptions
     generate: GenerateOptions
+    img2img: Img2ImgOptions
     admin: AdminOptions
     report: ReportOptions
 

@@ -11,6 +11,7 @@ from library.config.evaluation import EmaOptions, ValidationOptions
 from library.config.fields import Group, Option
 from library.config.finetune import FinetuneOptions
 from library.config.generate import GenerateOptions
+from library.config.img2img import Img2ImgOptions
 from library.config.lllite import ConditionOptions, LlliteOptions
 from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
@@ -126,7 +127,7 @@ RUNS: dict[str, Run] = {
             "sdxl_gen_img",
             "sdxl_gen_img.py",
             "Draw pictures from prompts.",
-            {"generate": GenerateOptions},
+            {"generate": GenerateOptions, "img2img": Img2ImgOptions},
             frozenset("Gg"),
         ),
     )

@@ -11,6 +11,7 @@ from library.config.rules import (  # noqa: F401 (each registers its rules)
     evaluation,
     finetune,
     generate,
+    img2img,
     lllite,
     lycoris,
     model,

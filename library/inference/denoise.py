@@ -23,26 +23,25 @@ def denoise(
     scheduler: Any,
     *,
     generators: list[torch.Generator],
-    init: tuple[Init, int] | None = None,
+    init: Init | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Latents (scaled, as the U-Net sees them) from standard normal noise; float32 whatever the model computes in.
 
     Schedulers of rectified flow start from the noise as it is and give the model what they have. The scheduler has its
     timesteps set. generators: one per row, for samplers that add noise while they run. init: the picture that is drawn
-    over, and the number of steps that the timesteps were set for.
-    on_step is called after every call of the model.
+    over, which has its own noise. on_step is called after every call of the model.
     """
     arguments = step_arguments(scheduler, generators)
     scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
     latents, timesteps = noise_BChw.float() * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
     if init is not None:
-        latents, timesteps = init[0].begin(scheduler, noise_BChw.float(), steps=init[1])
+        latents, timesteps = init.begin(scheduler)
     for number, t in enumerate(timesteps, start=1):
         x = scaled(latents, t)
         latents = scheduler.step(predict(x, t).float(), t, latents, **arguments).prev_sample
         if init is not None:
-            latents = init[0].kept(scheduler, latents, timesteps[number] if number < len(timesteps) else None)
+            latents = init.kept(scheduler, latents, timesteps[number] if number < len(timesteps) else None)
         if on_step is not None:
             on_step()
     return latents

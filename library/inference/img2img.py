@@ -4,6 +4,7 @@ Shape letters: B batch, C latent channels, h w latent cells. Source: gen_img.md 
 for masks, Lugmayr et al. 2022 (RePaint), equation 8, without its repeats; diffusers' img2img and inpainting pipelines.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +16,24 @@ from torch import Tensor
 class Init:
     """The picture that a batch is drawn over.
 
-    latents_BChw: clean, scaled as the U-Net sees them; noise_BChw: standard normal; both float32. strength: the share
-    of the steps that is done, 0 to 1. mask_B1hw: 1 where the picture is drawn anew, 0 where it stays; None: everywhere.
+    latents_BChw: clean, scaled as the U-Net sees them; noise_BChw: standard normal; both float32. skipped: the number
+    of steps that are left out, from the first on. mask_B1hw: 1 where the picture is drawn anew, 0 where it stays; None:
+    everywhere.
     """
 
     latents_BChw: Tensor
     noise_BChw: Tensor
-    strength: float
+    skipped: int
     mask_B1hw: Tensor | None = None
 
-    def begin(self, scheduler: Any, start_noise_BChw: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-        """Latents to start from and the timesteps that are left, of a scheduler whose `steps` timesteps are set.
+    def begin(self, scheduler: Any) -> tuple[Tensor, Tensor]:
+        """Latents to start from and the timesteps that are left, of a scheduler whose timesteps are set.
 
-        start_noise_BChw: where a mask at full strength starts, since nothing of the old picture shall shine through.
+        A mask starts all steps from noise alone, since nothing of the old picture shall shine through.
         """
-        timesteps = begin_at(scheduler, steps - steps_of(steps, self.strength))
-        if not len(timesteps):
-            return self.latents_BChw, timesteps
-        if self.mask_B1hw is not None and self.strength >= 1:
-            return start_noise_BChw * getattr(scheduler, "init_noise_sigma", 1.0), timesteps
+        timesteps = begin_at(scheduler, self.skipped)
+        if self.mask_B1hw is not None and not self.skipped:
+            return self.noise_BChw * getattr(scheduler, "init_noise_sigma", 1.0), timesteps
         return with_noise(scheduler, self.latents_BChw, self.noise_BChw, timesteps[0]), timesteps
 
     def kept(self, scheduler: Any, latents_BChw: Tensor, following: Tensor | None) -> Tensor:
@@ -49,9 +49,9 @@ class Init:
         return self.mask_B1hw * latents_BChw + (1 - self.mask_B1hw) * old
 
 
-def steps_of(steps: int, strength: float) -> int:
-    """How many of the steps are done at this strength: 0 to `steps`."""
-    return min(int(steps * strength), steps)
+def num_timesteps(scheduler: Any, skipped: int) -> int:
+    """How many timesteps a scheduler whose timesteps are set has left without its first `skipped` steps."""
+    return len(begin_at(copy.copy(scheduler), skipped))
 
 
 def begin_at(scheduler: Any, step: int) -> Tensor:

@@ -2,24 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from library.inference.decoding import decoded
 from library.inference.followers import Follower
+from library.inference.highres import enlarged, first_stage, second_stage
 from library.inference.network_set import at_strengths
 from library.inference.request import GenRequest
 from library.inference.source_pictures import init_latents
-from library.inference.stage import Stage, steps_done, with_seeds
+from library.inference.stage import Stage, with_seeds
 from library.inference.texts import Conditioning, TextForm
 from library.log import Console
 from library.models.bundle import ModelBundle
-from library.models.families import sdxl
 
 BAR_DELAY = 2.0  # seconds before a progress bar shows: shorter work needs none
 
@@ -60,11 +61,12 @@ def generate(
 ) -> Iterator[tuple[GenRequest, Image.Image]]:
     """Draw the requests and yield each with its picture, in their order.
 
-    Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
+    With a request that is drawn in two sizes, the smaller picture comes before it where it is wanted; `stage` tells
+    which is which. Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
     vae_batch_size of them at once. device: where to compute (None: where the U-Net is). conditioning: the encoded
     requests, when the text encoders are busy or gone; or the form in which they are encoded here (None: a
-    generator's). networks: those whose strength the requests' network_muls set. followers: what else acts
-    on the U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
+    generator's). networks: those whose strength the requests' network_muls set. followers: what else acts on the
+    U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
 
     A picture's noise depends on its seed alone. Its numbers can differ in the last bits with the size of the batch
     it is drawn in, since matrix products do, and never with its place in a batch.
@@ -73,7 +75,7 @@ def generate(
         form = conditioning or TextForm()
         conditioning = encode_requests(bundle, requests, device=device, text_form=form, networks=networks)
     requests = with_seeds(requests)
-    total = sum(steps_done(request, over=request.image is not None) for request in requests)
+    total, at_once = sum(num_steps(request) for request in requests), vae_batch_size or batch_size
     with (
         _on(device, bundle.unet, bundle.vae),
         tqdm(
@@ -82,9 +84,9 @@ def generate(
     ):
         for batch in _batches(requests, batch_size, conditioning):
             with at_strengths(networks, batch[0].network_muls):
-                latents = _drawn(Stage(bundle, conditioning, followers, bar), batch)
-            pictures = _decoded(bundle, latents, vae_batch_size or batch_size)
-            yield from zip(batch, pictures, strict=True)
+                drawn = list(_drawn(Stage(bundle, conditioning, followers, bar), batch, at_once))
+            for made, latents in drawn:
+                yield from zip(made, decoded(bundle, latents, at_once), strict=True)
 
 
 def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Conditioning) -> Iterator[list[GenRequest]]:
@@ -100,18 +102,31 @@ def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Cond
             yield run[start : start + batch_size]
 
 
-def _drawn(stage: Stage, batch: list[GenRequest]) -> Tensor:
-    """Latents (B, 4, h, w), scaled, float32, of requests that can be drawn together."""
-    return stage.draw(batch, *init_latents(stage.bundle, batch))
+def _drawn(stage: Stage, batch: list[GenRequest], vae_batch_size: int) -> Iterator[tuple[Sequence[GenRequest], Tensor]]:
+    """Requests that can be drawn together with their latents (B, 4, h, w), scaled, float32; once or, in two sizes,
+    with the smaller pictures before.
+    """
+    bundle, highres = stage.bundle, batch[0].highres
+    if highres is None:
+        yield batch, stage.draw(batch, *init_latents(bundle, batch))
+        return
+    small, whole = [first_stage(request) for request in batch], [second_stage(request) for request in batch]
+    latents = stage.draw(small, *init_latents(bundle, small))
+    if highres.save_first:
+        yield small, latents
+    over = enlarged(bundle, latents, batch[0].size, highres, vae_batch_size=vae_batch_size)
+    old, mask = init_latents(bundle, whole)
+    if old is not None and mask is not None:  # what stays was only small for a while
+        over = mask.to(over) * over + (1 - mask.to(over)) * old.to(over)
+    latents = stage.draw(whole, over, mask)
+    yield [replace(request, stage="1") for request in batch], latents  # with the seed that draws it again
 
 
-def _decoded(bundle: ModelBundle, latents: Tensor, at_once: int) -> Iterator[Image.Image]:
-    """Pictures of scaled latents, `at_once` of them in memory."""
-    for part in latents.split(at_once):
-        pixels = sdxl.decode_latents(bundle.vae, part / bundle.scaling_factor).float()
-        values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        for picture in values.permute(0, 2, 3, 1).cpu().numpy():
-            yield Image.fromarray(np.ascontiguousarray(picture))
+def num_steps(request: GenRequest) -> int:
+    """The steps that a request takes in all."""
+    if request.highres is None:
+        return request.steps if request.image is None else request.steps_over
+    return num_steps(replace(first_stage(request), highres=None)) + request.steps_over
 
 
 @contextmanager

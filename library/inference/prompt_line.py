@@ -129,6 +129,13 @@ def read_sampler(text: str) -> str:
     return text
 
 
+def _strength(text: str) -> float:
+    value = finite(text)
+    if not 0 < value <= 1:
+        raise ValueError("must be above 0 and at most 1")
+    return value
+
+
 def _negative_scale(text: str) -> float | None:
     return None if text.lower() == "none" else finite(text)
 
@@ -157,6 +164,7 @@ _GENERATOR_OPTIONS: dict[str, tuple[str, Change]] = {
     "s": (_WHOLE, put("steps", read_steps)),
     "d": (r"\d+(?:,\s*\d+)*,?", _seeds),
     "l": (_FLOAT, put("scale", finite)),
+    "t": (_FLOAT, put("strength", _strength)),
     "nl": (rf"none|{_FLOAT}", put("negative_scale", _negative_scale)),
     "n": (_TEXT, put("negative", str)),
     "c": (_TEXT, put("clip_prompt", str)),
@@ -167,7 +175,6 @@ _SHRINK, _GRADUAL = "cannot act: Deep Shrink is not supported yet", "cannot act:
 _FOREIGN = "is for other models, and SDXL has no use for it"
 _SAMPLES_ONLY = "is an option of the sample prompts of training"
 _GENERATOR_REFUSED = {
-    "t": "cannot act: drawing from a picture is not supported yet",
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _SHRINK),
     **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL),
     "ss": f"{_SAMPLES_ONLY}; here --sampler of the command line sets it",

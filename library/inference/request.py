@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from library.sizes import Size
 
@@ -19,6 +19,40 @@ MAX_SIDE = 2**15
 MAX_SEED = 2**31 - 1  # of the seeds that a run draws
 SEED_END = 2**63  # given ones are below
 AND = " AND "  # between the sub-prompts of one picture
+STRENGTH = 0.8  # of drawing over a picture
+
+
+class Upscaler(Protocol):
+    """What an upscaler module's `create_upscaler(**arguments)` returns."""
+
+    def support_latents(self) -> bool:
+        """Whether it enlarges latents; else it is given pictures."""
+        ...
+
+    def upscale(
+        self, vae: Any, lowreso_images: Any, lowreso_latents: Any, dtype: Any, width: int, height: int,
+        batch_size: int = 1, vae_batch_size: int = 1,
+    ) -> Any:  # fmt: skip
+        """Pictures (a list of PIL's) or scaled latents (B, 4, h, w) of width x height pixels."""
+        ...
+
+
+@dataclass(frozen=True)
+class HighresFix:
+    """Drawing a smaller picture first, `scale` times as large, in `steps` steps.
+
+    strength: with which it is drawn over the request's image, where there is one; None: with the request's. It is
+    enlarged as a picture, as latents, or by the upscaler. without_control: no control image acts on the whole picture.
+    save_first: the smaller picture is a result too.
+    """
+
+    scale: float
+    steps: int = 28
+    strength: float | None = None
+    latents: bool = False
+    upscaler: Upscaler | None = None
+    without_control: bool = False
+    save_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,8 +64,9 @@ class GenRequest:
     those of the negative branch, None meaning the positive branch's. network_muls: the strengths of the networks, None
     meaning as loaded. control: paths of the control images. seeds: what `--d` gave for the pictures of this prompt.
     image: the picture that is drawn over, and mask: where (white is drawn anew; None: everywhere), paths or pictures;
-    strength: the share of the steps that is done then. clip_prompt is only written into the picture's file; name is
-    that file's. raw: the whole line, its choices made.
+    strength: the share of the steps that is done then, None meaning 0.8. highres: how the picture is drawn in two
+    sizes, None: in one; stage: "0" for the smaller picture and "1" for the whole one, then. clip_prompt is only written
+    into the picture's file; name is that file's. raw: the whole line, its choices made.
     """
 
     prompt: str = ""
@@ -54,7 +89,9 @@ class GenRequest:
     control: tuple[str, ...] = ()
     image: str | Image | None = None
     mask: str | Image | None = None
-    strength: float = 0.8
+    strength: float | None = None
+    highres: HighresFix | None = None
+    stage: str = ""
     seeds: tuple[int, ...] = ()
     clip_prompt: str = ""
     name: str = ""
@@ -64,8 +101,13 @@ class GenRequest:
         """What has to be equal for pictures to be drawn in one batch; all else is left out."""
         return replace(
             self, prompt="", negative="", seed=None, seeds=(), control=(), image=None, mask=None, clip_prompt="",
-            name="", raw="",
+            name="", raw="", stage="",
         )  # fmt: skip
+
+    @property
+    def steps_over(self) -> int:
+        """How many of the steps are done over a picture, at the request's strength: 0 to `steps`."""
+        return min(int(self.steps * (STRENGTH if self.strength is None else self.strength)), self.steps)
 
     def size_ids(self, *, negative: bool = False) -> tuple[int, int, int, int, int, int]:
         """(original h, original w, crop top, crop left, target h, target w) of one branch."""

@@ -10,14 +10,18 @@ import torch
 from library.errors import UserError
 from library.inference.controls import Controls, check_models, guide_images, load_controls, with_guides
 from library.inference.embeddings import add_words, read_words
+from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import encode_requests, generate
 from library.inference.network_set import check_strengths, load_set
 from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
 from library.inference.prompt_source import prompt_lines
-from library.inference.request import CELL, OPEN, GenRequest, with_open_sides
+from library.inference.request import CELL, GenRequest, with_open_sides
 from library.inference.samplers import make_scheduler
+from library.inference.settings import check_strengths_act, defaults_of, sources_of
+from library.inference.source_pictures import with_sources
+from library.inference.stage import check_steps
 from library.inference.texts import TextForm
 from library.inference.wildcards import Wildcards
 from library.inference.writer import PictureWriter
@@ -42,15 +46,7 @@ def run(cfg: "RunConfig") -> list[Path]:
     options: GenerateOptions = cfg.generate
     lines = prompt_lines(options.from_file, options.prompt)
     wildcards = Wildcards(options.wildcard_dir)
-    defaults = GenRequest(
-        size=Size(options.W or OPEN, options.H or OPEN),
-        steps=options.steps,
-        scale=options.scale,
-        sampler=options.sampler,
-        eta=options.eta,
-        negative_scale=options.negative_scale,
-        guidance_rescale=options.guidance_rescale,
-    )
+    defaults = defaults_of(cfg)
     how = PlanOptions(
         images_per_prompt=options.images_per_prompt,
         n_iter=options.n_iter,
@@ -59,12 +55,15 @@ def run(cfg: "RunConfig") -> list[Path]:
         shuffled=options.shuffle_prompts,
     )
     pictures = plan(lines, defaults, how, wildcards=wildcards)
+    sources = sources_of(cfg)
+    check_strengths_act(pictures, sources[0])
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
     guides = guide_images(options)
     check_models(options)
     bundle = _load(cfg)
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
-    studio = _Studio(bundle, options, load_controls(bundle, options), load_set(bundle, options), guides, writer)
+    controls, networks = load_controls(bundle, options), load_set(bundle, options)
+    studio = _Studio(bundle, options, controls, networks, guides, sources, writer)
     add_words(bundle, words)
     studio.draw(pictures)
     if options.interactive:
@@ -81,13 +80,17 @@ class _Studio:
     controls: Controls
     networks: Sequence[Any]
     guides: Sequence[tuple[str, ...]]
+    sources: tuple[Sequence[str], Sequence[str]]
     writer: PictureWriter
+    number: int = 0  # of the pictures that were asked for before
 
     def draw(self, pictures: Sequence[GenRequest]) -> list[Path]:
         """Draw and write pictures; returns their paths. UserError when the memory of the device is too small."""
         options, before = self.options, len(self.writer.paths)
         native = _native_size(self.bundle)
-        requests = with_guides([with_open_sides(picture, native) for picture in pictures], self.guides, start=before)
+        over = with_sources(pictures, *self.sources, start=self.number)
+        requests = with_guides([with_open_sides(picture, native) for picture in over], self.guides, start=self.number)
+        self.number += len(requests)
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
         _check_samplers(requests, self.bundle)
         form = TextForm("generate", options.max_embeddings_multiples or 1)
@@ -117,7 +120,15 @@ class _Studio:
 def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
     """Raise UserError for a picture that its sampler cannot draw, before any is drawn."""
     kind, table = bundle.prediction_type, bundle.schedule
-    for sampler, steps, eta in dict.fromkeys((request.sampler, request.steps, request.eta) for request in requests):
+    small = [first_stage(request) for request in requests if request.highres is not None]
+    for request in requests:
+        if request.image is not None or request.highres is not None:
+            check_steps(request)
+    for request in small:
+        if request.image is not None:
+            check_steps(request)
+    stages = ((request.sampler, request.steps, request.eta) for request in [*requests, *small])
+    for sampler, steps, eta in dict.fromkeys(stages):
         make_scheduler(sampler, prediction_type=kind, steps=steps, schedule=table, eta=eta)
 
 

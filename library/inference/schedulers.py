@@ -62,7 +62,8 @@ class PndmScheduler(diffusers.PNDMScheduler):
         """
         if step:
             left = torch.from_numpy(self._timesteps[::-1].copy())[step:]
-            self.prk_timesteps, self.timesteps = [], torch.cat([left[:1], left[1:2], left[1:]])
+            self.register_to_config(skip_prk_steps=True)
+            self.timesteps = torch.cat([left[:1], left[1:2], left[1:]])
         return self.timesteps
 
 

@@ -110,4 +110,4 @@ def picture_pixels(picture: str | Image.Image, size: Size) -> Tensor:
 def _mask_cells(mask: str | Image.Image, size: Size) -> Tensor:
     """The share of white in every latent cell, (1, h, w) in [0, 1]."""
     grey = (Image.fromarray(read_image(mask)) if isinstance(mask, str) else mask).convert("L")
-    return to_mask(np.array(grey.resize((size.w // CELL, size.h // CELL), Image.Resampling.BILINEAR)))[None]
+    return to_mask(np.array(grey.resize((size.w // CELL, size.h // CELL), Image.Resampling.BOX)))[None]

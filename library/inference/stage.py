@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from library.config.choices import split_sampler
 from library.diffusion.conditioning import TextCond
+from library.errors import UserError
 from library.inference.denoise import denoise
 from library.inference.followers import Follower, UNetCall, all_on
 from library.inference.guidance import Branch, Guidance, guided
-from library.inference.img2img import Init, init_noise, steps_of
-from library.inference.request import CELL, MAX_SEED, GenRequest
+from library.inference.img2img import Init, init_noise, num_timesteps
+from library.inference.request import CELL, MAX_SEED, STRENGTH, GenRequest
 from library.inference.samplers import make_scheduler, start_noise
 from library.inference.texts import Conditioning
 from library.models.bundle import ModelBundle
@@ -35,7 +36,8 @@ class Stage:
     ) -> Tensor:
         """Latents (B, 4, h, w), scaled, float32, of requests that can be drawn together.
 
-        init_BChw: scaled latents that are drawn over, with the requests' strength and, where it is 1, with the mask.
+        init_BChw: scaled latents that are drawn over, at the requests' strength, where the mask
+        is 1.
         """
         first, device = batch[0], self.bundle.unet.device
         scheduler = make_scheduler(
@@ -48,20 +50,26 @@ class Stage:
         generators = [torch.Generator().manual_seed(_seed(request)) for request in batch]
         shape = (self.bundle.unet.config.in_channels, first.size.h // CELL, first.size.w // CELL)
         noise = start_noise(generators, shape).to(device)
-        init, calls = None, len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
+        init, steps = None, first.steps
+        calls = len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
         if init_BChw is not None:
-            second = init_noise(generators, shape, draws_before=first.steps * draws_per_step(first.sampler))
+            check_steps(first)
+            steps = first.steps_over
             mask = None if mask_B1hw is None else mask_B1hw.to(device)
-            init = Init(init_BChw.to(device, torch.float32), second.to(device), first.strength, mask)
-            calls -= (first.steps - steps_of(first.steps, first.strength)) * getattr(scheduler, "order", 1)
-        advance = len(batch) * steps_done(first, over=init is not None) / max(1, calls)
+            second = noise  # a mask starts all steps from noise alone
+            if mask is None or steps < first.steps:
+                draws = first.steps * draws_per_step(first.sampler)
+                second = init_noise(generators, shape, draws_before=draws).to(device)
+            init = Init(init_BChw.to(device, torch.float32), second, first.steps - steps, mask)
+            calls = num_timesteps(scheduler, init.skipped)
+        advance = len(batch) * steps / calls
         with all_on(self.followers, batch, calls=calls, device=device) as before_call:
             return denoise(
                 self._predict(batch, device, calls, before_call),
                 noise,
                 scheduler,
                 generators=generators,
-                init=None if init is None else (init, first.steps),
+                init=init,
                 on_step=lambda: self.bar.update(advance),
             )
 
@@ -98,9 +106,12 @@ def draws_per_step(sampler: str) -> int:
     return 2 if split_sampler(sampler)[0] == "dpm_2_a" else 1
 
 
-def steps_done(request: GenRequest, *, over: bool) -> int:
-    """The steps that are done of a request's; over: whether it is drawn over a picture, at its strength."""
-    return steps_of(request.steps, request.strength) if over else request.steps
+def check_steps(request: GenRequest) -> None:
+    """Raise UserError when a request that is drawn over a picture has no step left at its strength."""
+    if not request.steps_over:
+        strength = STRENGTH if request.strength is None else request.strength
+        what = f"strength {strength:g} of {request.steps} steps is less than one step"
+        raise UserError(what, request.raw or "strength", "take more steps, or more strength")
 
 
 def with_seeds(requests: Sequence[GenRequest]) -> list[GenRequest]:

@@ -230,6 +230,7 @@ PIVOTAL_CASES = [
     ),
 ]
 MERGED = {"network_module": ["networks.lora"], "network_weights": [__file__], "network_merge": True}
+HIGHRES = {"highres_fix_scale": 0.5}
 GENERATOR_CASES = [
     ("checkpoint_is_named", {"ckpt": ""}, "ckpt is missing"),
     (
@@ -251,6 +252,29 @@ GENERATOR_CASES = [
     ("eta_has_a_sampler", {"eta": 0.5, "prediction_type": "rectified_flow"}, "eta cannot act on rectified flow"),
     ("prompt_is_there", {"prompt": None}, "there is no prompt"),
     ("something_is_shuffled", {"shuffle_prompts": True}, "nothing to shuffle"),
+    ("there_is_a_picture_to_draw_over", {"mask_path": __file__}, "mask_path cannot act"),
+    ("there_is_a_picture_to_draw_over", {"use_original_file_name": True}, "use_original_file_name cannot act"),
+    ("there_is_a_picture_to_draw_over", {"strength": 0.5}, "strength cannot act"),
+    *(
+        ("highres_fix_is_on", {name: value}, f"{name} cannot act: there is no smaller picture")
+        for name, value in (
+            ("highres_fix_steps", 5),
+            ("highres_fix_strength", 0.5),
+            ("highres_fix_save_1st", True),
+            ("highres_fix_latents_upscaling", True),
+            ("highres_fix_upscaler", "a"),
+            ("highres_fix_upscaler_args", "a=1"),
+            ("highres_fix_disable_control_net", True),
+        )
+    ),
+    ("highres_fix_is_on", {**HIGHRES, "highres_fix_strength": 0.5}, "drawn over nothing"),
+    (
+        "highres_fix_is_on",
+        {**HIGHRES, "highres_fix_upscaler": "a", "highres_fix_latents_upscaling": True},
+        "two ways to enlarge",
+    ),
+    ("highres_fix_is_on", {**HIGHRES, "highres_fix_upscaler_args": "a=1"}, "has no upscaler to act on"),
+    ("highres_fix_is_on", {**HIGHRES, "highres_fix_disable_control_net": True}, "there are no control images"),
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     ("networks_match", {"network_module": ["networks.lora"]}, "names 1 and network_weights 0"),
     ("networks_match", {"network_mul": [0.5]}, "network_mul has more values"),

@@ -48,6 +48,7 @@ def parsed(line: str) -> dict[str, object]:
         ("--w 512", {"size": Size(512, 768)}),
         ("a cat --d 5, 6", {"prompt": "a cat", "seed": 5, "seeds": (5, 6)}),
         ("a cat --l 5. --s +3", {"prompt": "a cat", "scale": 5.0, "steps": 3}),
+        ("a cat --t 0.35", {"prompt": "a cat", "strength": 0.35}),
         ("a cat --nl 1.5", {"prompt": "a cat", "negative_scale": 1.5}),
         ("a cat --nl 1.5 --NL None", {"prompt": "a cat"}),
         ("a cat --c a dog", {"prompt": "a cat", "clip_prompt": "a dog"}),
@@ -67,7 +68,7 @@ def test_options_of_a_line(line, wanted):
 @pytest.mark.parametrize(
     ("line", "marked", "words", "fix"),
     [
-        ("a --t 0.5 --w 64", "--t 0.5", "--t in a prompt cannot act: drawing from a picture is not", "remove it"),
+        ("a --t 1.5", "1.5", "--t 1.5: the value must be above 0 and at most 1", ""),
         ("a --dsd1 3", "--dsd1 3", "cannot act: Deep Shrink is not supported yet", "remove it"),
         ("a --GLT 400", "--GLT 400", "cannot act: Gradual Latent is not supported yet", "remove it"),
         ("a --ss euler", "--ss euler", "is an option of the sample prompts of training; here --sampler", "remove"),

@@ -3,6 +3,7 @@
 import io
 import random
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -197,3 +198,45 @@ def test_mistakes_in_prompts_are_found_before_the_model_is_loaded(tmp_path, caps
     printed = capsys.readouterr().err
     assert "2 problems" in printed and f"{prompts} line 4" in printed and f"{prompts} line 5" in printed
     assert "\n    b --glt 3\n      ^^^^^^^\n" in printed and "there is no wildcard file" in printed
+
+
+def test_pictures_are_drawn_over_and_in_two_sizes(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (100, 70), (200, 30, 30)).save(tmp_path / "in" / "red.png")
+    Image.new("RGB", (64, 96), (30, 30, 200)).save(tmp_path / "in" / "blue.png")
+    base = [
+        "--ckpt",
+        "tiny",
+        "--steps",
+        "4",
+        "--seed",
+        "1",
+        "--outdir",
+        str(tmp_path / "out"),
+        "--sequential_file_name",
+    ]
+    over = ["--image_path", str(tmp_path / "in")]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle --t 0.25\na star\na cross --w 128 --h 128\n")
+    assert sdxl_gen_img.main([*base, *over, "--strength", "0.5", "--from_file", str(prompts)]) == 0
+    sizes = [Image.open(tmp_path / "out" / f"im_00000{number}.png").size for number in (1, 2, 3)]
+    assert sizes == [(64, 96), (96, 64), (128, 128)], "blue.png comes first, by name"
+    first = np.asarray(Image.open(tmp_path / "out" / "im_000001.png")).astype(int)
+    assert np.abs(first - [30, 30, 200]).mean() < np.abs(first - [200, 30, 30]).mean() / 2
+    assert sdxl_gen_img.main([*base, "--prompt", "a --t 0.5"]) == 2
+    assert "--t cannot act: nothing is drawn over" in capsys.readouterr().err
+    assert sdxl_gen_img.main([*base, *over, "--prompt", "a --t 0.1"]) == 2
+    assert "strength 0.1 of 4 steps is less than one step" in capsys.readouterr().err
+    two = [
+        "--highres_fix_scale",
+        "0.5",
+        "--highres_fix_steps",
+        "2",
+        "--highres_fix_save_1st",
+        "--W",
+        "128",
+        "--H",
+        "192",
+    ]
+    assert sdxl_gen_img.main([*base, *two, "--prompt", "a star"]) == 0
+    assert [Image.open(tmp_path / "out" / f"im_00000{number}.png").size for number in (1, 2)] == [(64, 96), (128, 192)]

@@ -1,0 +1,61 @@
+"""From the options of a run to what its prompts leave open, and to the files that its pictures are drawn over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from library.config.key_values import split_pairs
+from library.errors import UserError
+from library.inference.highres import load_upscaler
+from library.inference.request import OPEN, GenRequest, HighresFix
+from library.inference.source_pictures import picture_files
+from library.sizes import Size
+
+if TYPE_CHECKING:
+    from library.config.run_config import RunConfig
+
+
+def defaults_of(cfg: RunConfig) -> GenRequest:
+    """What a prompt leaves open. UserError for an upscaler module that cannot be used."""
+    options, over = cfg.generate, cfg.img2img
+    return GenRequest(
+        size=Size(options.W or OPEN, options.H or OPEN),
+        steps=options.steps,
+        scale=options.scale,
+        sampler=options.sampler,
+        eta=options.eta,
+        negative_scale=options.negative_scale,
+        guidance_rescale=options.guidance_rescale,
+        strength=over.strength,
+        highres=_highres(cfg) if over.highres_fix_scale else None,
+    )
+
+
+def _highres(cfg: RunConfig) -> HighresFix:
+    over = cfg.img2img
+    arguments = split_pairs(part for part in (over.highres_fix_upscaler_args or "").split(";") if part.strip())
+    return HighresFix(
+        over.highres_fix_scale or 1.0,
+        steps=over.highres_fix_steps,
+        strength=over.highres_fix_strength,
+        latents=over.highres_fix_latents_upscaling,
+        upscaler=load_upscaler(over.highres_fix_upscaler, arguments) if over.highres_fix_upscaler else None,
+        without_control=over.highres_fix_disable_control_net,
+        save_first=over.highres_fix_save_1st,
+    )
+
+
+def sources_of(cfg: RunConfig) -> tuple[list[str], list[str]]:
+    """The files that are drawn over, and their masks; UserError for what holds no picture."""
+    over = cfg.img2img
+    images = picture_files([over.image_path], option="image_path") if over.image_path else []
+    return images, picture_files([over.mask_path], option="mask_path") if over.mask_path else []
+
+
+def check_strengths_act(requests: Sequence[GenRequest], images: Sequence[str]) -> None:
+    """Raise UserError for a prompt's `--t` where nothing is drawn over a picture."""
+    for request in requests:
+        if request.strength is not None and not images and request.highres is None:
+            fix = "name image_path, or set highres_fix_scale"
+            raise UserError("--t cannot act: nothing is drawn over", request.raw, fix)
