@@ -73,7 +73,7 @@ def enlarged(
     if highres.latents:
         cells = (size.h // CELL, size.w // CELL)
         return interpolate(latents_BChw.float(), cells, mode="bilinear", align_corners=False)
-    return _encoded(bundle, list(decoded(bundle, latents_BChw, vae_batch_size)), size, vae_batch_size)
+    return _encoded(bundle, list(decoded(bundle, latents_BChw, vae_batch_size)), size)
 
 
 def _upscaled(
@@ -101,12 +101,12 @@ def _upscaled(
     if not all(isinstance(picture, Image.Image) for picture in made) or len(made) != len(latents_BChw):
         what = "the upscaler gave neither latents nor one picture for each that it was given"
         raise UserError(what, "highres_fix_upscaler", "see docs/img2img.md")
-    return _encoded(bundle, made, size, vae_batch_size)
+    return _encoded(bundle, made, size)
 
 
-def _encoded(bundle: ModelBundle, pictures: Sequence[Image.Image], size: Size, at_once: int) -> Tensor:
+def _encoded(bundle: ModelBundle, pictures: Sequence[Image.Image], size: Size) -> Tensor:
     pixels = torch.stack([picture_pixels(picture, size) for picture in pictures])
-    return torch.cat([latents_of(bundle, part) for part in pixels.split(at_once)])
+    return latents_of(bundle, pixels)
 
 
 def load_upscaler(module: str, arguments: Mapping[str, str]) -> Upscaler:

@@ -68,8 +68,8 @@ def generate(
     generator's). networks: those whose strength the requests' network_muls set. followers: what else acts on the
     U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
 
-    A picture's noise depends on its seed alone. Its numbers can differ in the last bits with the size of the batch
-    it is drawn in, since matrix products do, and never with its place in a batch.
+    A picture's noise depends on its seed alone, and on a CPU so do all of its bits (batch_invariance.py). On a GPU its
+    numbers can differ in the last bits with the size of the batch it is drawn in, since matrix products do.
     """
     if not isinstance(conditioning, Conditioning):
         form = conditioning or TextForm()

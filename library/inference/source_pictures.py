@@ -97,8 +97,9 @@ def init_latents(bundle: ModelBundle, batch: Sequence[GenRequest]) -> tuple[Tens
 
 
 def latents_of(bundle: ModelBundle, pixels_B3HW: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w), float32, of pictures in [-1, 1]."""
-    return sdxl.encode_image(bundle.vae, pixels_B3HW).float() * bundle.scaling_factor
+    """Scaled latents (B, 4, h, w), float32, of pictures in [-1, 1], encoded one by one."""
+    rows = [sdxl.encode_image(bundle.vae, row).float() for row in pixels_B3HW.split(1)]
+    return torch.cat(rows) * bundle.scaling_factor
 
 
 def picture_pixels(picture: str | Image.Image, size: Size) -> Tensor:

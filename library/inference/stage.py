@@ -11,12 +11,14 @@ from tqdm import tqdm
 from library.config.choices import split_sampler
 from library.diffusion.conditioning import TextCond
 from library.errors import UserError
+from library.inference.batch_invariance import batch_invariant
 from library.inference.denoise import denoise
 from library.inference.followers import Follower, UNetCall, all_on
 from library.inference.guidance import Branch, Guidance, guided
 from library.inference.img2img import Init, init_noise, num_timesteps
 from library.inference.request import CELL, MAX_SEED, STRENGTH, GenRequest
 from library.inference.samplers import make_scheduler, start_noise
+from library.inference.steady_attention import steady_attention
 from library.inference.texts import Conditioning
 from library.models.bundle import ModelBundle
 from library.models.families import sdxl
@@ -63,7 +65,8 @@ class Stage:
             init = Init(init_BChw.to(device, torch.float32), second, first.steps - steps, mask)
             calls = num_timesteps(scheduler, init.skipped)
         advance = len(batch) * steps / calls
-        with all_on(self.followers, batch, calls=calls, device=device) as before_call:
+        working, unet = all_on(self.followers, batch, calls=calls, device=device), self.bundle.unet
+        with working as before_call, batch_invariant(unet, len(batch)), steady_attention(unet):
             return denoise(
                 self._predict(batch, device, calls, before_call),
                 noise,
@@ -82,14 +85,16 @@ class Stage:
         def model(x: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor) -> Tensor:
             nonlocal done
             call = UNetCall(done, calls, x, t_B, text, sizes_B6)
-            before_call(call)
             done += 1
+            before_call(call)
             return sdxl.predict(self.bundle.unet, x, t_B, text, sizes_B6, **call.extra)
 
         def branch(negative: bool, rows: Callable[[GenRequest], TextCond]) -> Branch:
             text = TextCond.cat([rows(request) for request in batch])
             sizes = [request.size_ids(negative=negative) for request in batch]
-            return Branch(text.to(device), torch.tensor(sizes, dtype=torch.float32, device=device))
+            return Branch(
+                text.to(device, self.bundle.unet.dtype), torch.tensor(sizes, dtype=torch.float32, device=device)
+            )
 
         with_negative, with_neutral = first.scale > 1, first.scale > 1 and first.negative_scale is not None
         return guided(

@@ -45,7 +45,7 @@ def predict(unet: Any, x_BChw: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Te
     pixels, kept in float32 on the way to their sinusoids because half precision cannot hold them. extra: further
     arguments of the U-Net.
     """
-    dtype = unet.dtype
+    dtype = next(unet.parameters()).dtype  # diffusers' property looks at every module
     added = {"text_embeds": text.pooled_BP.to(dtype), "time_ids": sizes_B6.to(x_BChw.device, torch.float32)}
     x_BChw, t_B = x_BChw.to(dtype), t_B.to(x_BChw.device)
     return unet(x_BChw, t_B, encoder_hidden_states=text.hidden_BTD.to(dtype), added_cond_kwargs=added, **extra).sample

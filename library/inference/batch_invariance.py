@@ -1,0 +1,120 @@
+"""The same numbers for a picture whatever it is drawn with, bit by bit, on a CPU.
+
+A CPU's matrix products choose their way of summing by the number of rows, so that a row's result can differ in its last
+bits from what it is alone. Which products do depends on shapes, threads and processor: each shape is tried once, with
+random numbers, and those whose rows are not the same in a batch as in the call of one picture are computed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_WITH_WEIGHTS = (F.linear, torch.conv2d, F.conv2d)
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_verdicts: dict[tuple[int, int], dict[Any, bool]] = {}  # by number of pictures and of threads
+
+
+@contextmanager
+def batch_invariant(model: nn.Module, pictures: int) -> Iterator[None]:
+    """Let a model give the rows of `pictures` pictures the numbers that they get alone.
+
+    The rows of a batch are branches of guidance, one after the other, each with a row per picture; row i belongs to
+    picture i % pictures. Nothing is done for one picture, or away from the CPU.
+    """
+    if pictures == 1 or next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    apart = _Apart(pictures)
+    if any(_is_extended(module) for module in model.modules()):
+        with _Everywhere(apart):
+            yield
+        return
+    # A plain model calls its products from its layers alone, and to watch these costs less than to watch everything.
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for layer in layers:
+        layer.__dict__["forward"] = _forward(layer, apart)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+class _Apart:
+    """Computes products picture by picture where a batch would change their bits."""
+
+    def __init__(self, pictures: int) -> None:
+        self.pictures = pictures
+        self._known = _verdicts.setdefault((pictures, torch.get_num_threads()), {})
+
+    def __call__(self, func: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
+        """func(*args), whose first argument has the rows and whose second has the weights."""
+        x = args[0]
+        key = (func, x.shape, x.stride(), x.dtype, args[1].shape, args[3:])
+        same = self._known.get(key)
+        if same is None:
+            same = self._known[key] = self._same(func, args)
+        return func(*args) if same else self._by_picture(func, x, args[1:])
+
+    def _same(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a batch gives each picture's rows the bits that they have alone; what has other rows is let be."""
+        if len(args[0]) % self.pictures:
+            return True
+        g = torch.Generator().manual_seed(0)
+        tried = [_random_like(arg, g) if isinstance(arg, Tensor) else arg for arg in args]
+        with torch.no_grad():
+            return torch.equal(func(*tried), self._by_picture(func, tried[0], tuple(tried[1:])))
+
+    def _by_picture(self, func: Callable[..., Tensor], x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        parts = [func(_alone(x, slice(i, None, self.pictures)), *rest) for i in range(self.pictures)]
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+class _Everywhere(TorchFunctionMode):
+    """All products of whatever is called, for models with networks and hooks."""
+
+    def __init__(self, apart: _Apart) -> None:
+        super().__init__()
+        self._apart = apart
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs:
+            return func(*args, **kwargs)
+        if func in _WITH_WEIGHTS or (func in _PRODUCTS and args[1].dim() == 2):
+            return self._apart(func, args)
+        return func(*args)
+
+
+def _is_extended(module: nn.Module) -> bool:
+    """Whether a module does something beside what its class does."""
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _forward(layer: nn.Linear | nn.Conv2d, apart: _Apart) -> Callable[[Tensor], Tensor]:
+    if isinstance(layer, nn.Linear):
+        return lambda x: apart(F.linear, (x, layer.weight, layer.bias))
+    assert layer.padding_mode == "zeros", "diffusers' models have no other"
+    how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return lambda x: apart(F.conv2d, (x, layer.weight, layer.bias, *how))
+
+
+def _alone(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of x in memory as they are in a batch of their own: how products sum depends on that, too."""
+    part = x[rows]
+    if len(part) == 1:
+        return part
+    if x.stride(0) < max(x.stride()):  # not the outermost in memory: no model has that
+        return part.contiguous()
+    return torch.empty_strided(part.shape, x.stride(), dtype=x.dtype).copy_(part)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers in the shape, dtype and memory layout of a tensor."""
+    return torch.empty_like(tensor).copy_(torch.randn(tensor.shape, generator=generator))

@@ -1,0 +1,90 @@
+"""Bits of rows in batches, with products that are made to depend on the batch."""
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from library.inference import batch_invariance
+from library.inference.batch_invariance import batch_invariant
+from library.inference.steady_attention import steady_attention
+
+
+@pytest.fixture
+def careless(monkeypatch):
+    """A linear product whose last bits depend on the number of rows; returns the numbers of rows that it was given."""
+    rows, real = [], torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        if has_torch_function((x,)):  # as torch's own functions do
+            return handle_torch_function(linear, (x,), x, weight, bias)
+        rows.append(len(x))
+        return real(x, weight, bias) * (1 + len(x) * 2.0**-20)
+
+    monkeypatch.setattr(batch_invariance.F, "linear", linear)
+    monkeypatch.setattr(batch_invariance, "_WITH_WEIGHTS", (linear,))
+    monkeypatch.setattr(batch_invariance, "_verdicts", {})
+    return rows
+
+
+@pytest.mark.parametrize("extended", [False, True], ids=["layers", "everywhere"])
+def test_products_that_depend_on_the_batch_are_computed_apart(careless, extended):
+    g = torch.Generator().manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.SiLU()), torch.randn(6, 4, generator=g)
+    if extended:
+        model[1].register_forward_hook(lambda module, args, out: 2 * out)
+    with torch.no_grad():
+        alone = [model(x[index::3]) for index in range(3)]  # two branches of guidance of three pictures
+        together = model(x)
+        assert not all(torch.equal(together[index::3], alone[index]) for index in range(3))
+        with batch_invariant(model, 3):
+            together = model(x)
+            assert all(torch.equal(together[index::3], alone[index]) for index in range(3))
+            careless.clear()
+            model(x)
+            assert careless == [2, 2, 2], "the shape is tried once"
+        careless.clear()
+        with batch_invariant(model, 1):
+            model(x)
+        model(x)
+        assert careless == [6, 6]
+    assert all("forward" not in module.__dict__ for module in model)
+
+
+def test_products_that_do_not_are_computed_at_once(monkeypatch):
+    calls, real = [], torch.nn.functional.linear
+    monkeypatch.setattr(batch_invariance, "_verdicts", {})
+    monkeypatch.setattr(batch_invariance.F, "linear", lambda x, *rest: calls.append(len(x)) or real(x * 1.0, *rest))
+    layer = nn.Linear(64, 64)
+    with torch.no_grad(), batch_invariant(layer, 2):
+        layer.weight.zero_()  # the trial takes numbers of its own: zeros would hide what differs
+        layer(torch.randn(4, 16, 64))
+        calls.clear()
+        layer(torch.randn(4, 16, 64))
+        assert calls in ([4], [2, 2])
+        (verdict,) = batch_invariance._verdicts[2, torch.get_num_threads()].values()
+        assert verdict == (calls == [4])
+
+
+def test_attention_computes_the_keys_of_a_text_once_and_leaves_nothing(bundle):
+    unet, g = bundle.unet, torch.Generator().manual_seed(0)
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    calls, real = [], layer.forward
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    added = {"text_embeds": torch.randn(1, pooled, generator=g), "time_ids": torch.full((1, 6), 64.0)}
+    x = torch.randn(1, 4, 8, 8, generator=g)
+    texts = [torch.randn(1, 77, unet.config.cross_attention_dim, generator=g) for _ in range(2)]
+
+    def predict(text, t):
+        return unet(x, torch.tensor([t]), encoder_hidden_states=text, added_cond_kwargs=added).sample
+
+    with torch.no_grad():
+        order = [(texts[0], 900.0), (texts[0], 100.0), (texts[1], 100.0), (texts[0], 100.0)]
+        wanted = [predict(*given) for given in order]
+        layer.__dict__["forward"] = own = lambda text: calls.append(1) or real(text)
+        with steady_attention(unet):
+            got = [predict(*given) for given in order]
+        assert layer.__dict__.pop("forward") is own
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert all("forward" not in module.__dict__ for module in unet.modules())
+    assert len(calls) == 3, "of four: twice in a row it was the same text"
