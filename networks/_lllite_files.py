@@ -8,8 +8,8 @@ from torch import Tensor
 from library.errors import UserError
 
 PREFIX = "lllite_unet_"
-_FIRST = "conditioning1.0.weight"
-_FIX = "choose a LLLite that was trained on SDXL"
+_FIRST, _DOWN = "conditioning1.0.weight", "down.0.weight"
+_FIX = "choose a LLLite that was trained on this base model, which for most is SDXL"
 
 
 def sizes_of(tensors: Mapping[str, Tensor], *, where: str) -> tuple[int, int]:
@@ -19,9 +19,9 @@ def sizes_of(tensors: Mapping[str, Tensor], *, where: str) -> tuple[int, int]:
     """
     refuse_other_kinds(tensors, where=where)
     name = next(key for key in tensors if key.startswith(PREFIX)).partition(".")[0]
-    conditioning, down = tensors.get(f"{name}.{_FIRST}"), tensors.get(f"{name}.down.0.weight")
+    conditioning, down = tensors.get(f"{name}.{_FIRST}"), tensors.get(f"{name}.{_DOWN}")
     if conditioning is None or down is None or conditioning.ndim != 4 or down.ndim != 2:
-        raise UserError(f"{name} has no {_FIRST} or no down.0.weight", where, "the file is incomplete: get it again")
+        raise UserError(f"{name} has no {_FIRST} or no {_DOWN}", where, "the file is incomplete: get it again")
     return 2 * conditioning.shape[0], down.shape[0]
 
 
@@ -42,11 +42,13 @@ def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
     raise UserError(f"this is no ControlNet-LLLite{kind} (the first other tensor: {first})", where, fix)
 
 
-def group_tensors(tensors: Mapping[str, Tensor], *, known: Collection[str], where: str) -> dict[str, dict[str, Tensor]]:
+def group_tensors(
+    tensors: Mapping[str, Tensor], *, widths: Mapping[str, int], where: str
+) -> dict[str, dict[str, Tensor]]:
     """Tensors by module and by their name within it.
 
-    known: the names of the model's modules. Raises UserError for files of another kind or for another model, and for
-    values that are not finite.
+    widths: the input widths of the model's layers, by the names of their modules. Raises UserError for files of another
+    kind or for another model, and for values that are not finite.
     """
     refuse_other_kinds(tensors, where=where)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -56,11 +58,20 @@ def group_tensors(tensors: Mapping[str, Tensor], *, known: Collection[str], wher
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             what = f'"{key}" holds values that are not finite (NaN or infinite)'
             raise UserError(what, where, "the network broke while it was trained: use an earlier save of it")
-    others = [name for name in modules if name not in known]
+    _check_widths(modules, widths, where=where)
+    others = [name for name in modules if name not in widths]
     if others:
         what = f"{len(others)} of its {len(modules)} modules are not in this model (the first: {others[0]})"
         raise UserError(what, where, _FIX)
     return modules
+
+
+def _check_widths(modules: Mapping[str, Mapping[str, Tensor]], widths: Mapping[str, int], *, where: str) -> None:
+    for name, values in modules.items():
+        have = values[_DOWN].shape[-1] if _DOWN in values else None
+        if name in widths and have not in (None, widths[name]):
+            what = f"{name} is made for a layer of {have} numbers, this model's has {widths[name]}"
+            raise UserError(f"{what}: the LLLite was trained on another model", where, _FIX)
 
 
 def check_fit(

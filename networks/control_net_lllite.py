@@ -57,7 +57,7 @@ class LLLiteModule(nn.Module):
         self.depth, self.dropout, self.multiplier = depth, dropout or 0.0, 1.0
         self.cell = _FIRST_KERNEL * math.prod(_KERNELS[depth])  # pixels of a token, each way
         self.condition_BNE: Tensor | None = None
-        width = base.in_features
+        self.width = width = base.in_features
         # Made on the CPU, so that a seed gives the same start on every device; meta stays meta.
         with torch.device("meta" if base.weight.is_meta else "cpu"):
             self.conditioning1 = _convolutions(depth, cond_emb_dim)
@@ -171,10 +171,16 @@ class LLLiteNetwork(nn.Module):
             for key, value in part.state_dict().items()
         }
 
+    def modules_in(self, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, dict[str, Tensor]]:
+        """A file's tensors by module; UserError where they do not fit. Both sides may be on the meta device."""
+        widths = {name: part.width for name, part in self.parts.items()}
+        modules = group_tensors(tensors, widths=widths, where=where)
+        check_fit({name: self.parts[name].state_dict() for name in modules}, modules, where=where)
+        return modules
+
     def load(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
         """Take over a file's tensors. Modules that only one side has are told; UserError for files that do not fit."""
-        modules = group_tensors(tensors, known=self.parts.keys(), where=where)
-        check_fit({name: self.parts[name].state_dict() for name in modules}, modules, where=where)
+        modules = self.modules_in(tensors, where=where)
         for name, values in modules.items():
             self.parts[name].load_state_dict(values)
         missing = len(self.parts) - len(modules)
@@ -219,13 +225,25 @@ def read(
 
     E and M are read off the shapes. UserError for files of another kind or made for another model.
     """
+    network = _described(root, tensors, where=where)
+    network.set_multiplier(multiplier)
+    network.load(tensors, where=where)
+    return network
+
+
+def check_base(root: AdapterRoot, tensors: Mapping[str, Tensor], *, where: str = "the file") -> None:
+    """Raise UserError where `read` would, for a U-Net that may be on the meta device; so may the tensors."""
+    _described(root, tensors, where=where).modules_in(tensors, where=where)
+
+
+def _described(root: AdapterRoot, tensors: Mapping[str, Tensor], *, where: str) -> LLLiteNetwork:
+    """A new network with the modules and sizes of a file."""
     cond_emb_dim, mlp_dim = sizes_of(tensors, where=where)
     known = {target.name: target for target in targets(root)}
-    modules = group_tensors(tensors, known=known.keys(), where=where)
+    widths = {name: target.base.in_features for name, target in known.items()}
+    modules = group_tensors(tensors, widths=widths, where=where)
     parts = {
         name: LLLiteModule(known[name].base, depth=known[name].depth, cond_emb_dim=cond_emb_dim, mlp_dim=mlp_dim)
         for name in modules
     }
-    network = LLLiteNetwork(parts, sizes=(cond_emb_dim, mlp_dim), multiplier=multiplier)
-    network.load(tensors, where=where)
-    return network
+    return LLLiteNetwork(parts, sizes=(cond_emb_dim, mlp_dim))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.errors import UserError
 from library.inference.foreign import load_foreign
@@ -34,8 +34,13 @@ def adapter_roots(bundle: ModelBundle) -> list[AdapterRoot]:
     if bundle.text_encoder_2 is not None:
         roots.append(AdapterRoot("te2", "lora_te2", bundle.text_encoder_2, _text_name))
     if bundle.unet is not None:
-        roots.append(AdapterRoot("unet", "lora_unet", bundle.unet, diffusers_to_sai))
+        roots.append(unet_root(bundle.unet))
     return roots
+
+
+def unet_root(unet: nn.Module) -> AdapterRoot:
+    """A U-Net, in memory or on the meta device, with sd-scripts' names."""
+    return AdapterRoot("unet", "lora_unet", unet, diffusers_to_sai)
 
 
 def load_networks(

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.errors import UserError
-from library.inference.adapters import adapter_roots
+from library.inference.adapters import unet_root
 from library.inference.followers import BeforeCall, UNetCall
 from library.inference.request import GenRequest
 from library.inference.source_pictures import picture_files, picture_pixels
 from library.io.images import read_size
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger
+from library.models.assemble import empty_module
 from library.models.bundle import ModelBundle
 from networks import control_net_lllite
 from networks._lllite_files import sizes_of
@@ -28,6 +29,7 @@ from networks.control_net_lllite import LLLiteNetwork
 
 if TYPE_CHECKING:
     from library.config.generate import GenerateOptions
+    from library.models.arch import SdxlArch
 
 logger = get_logger(__name__)
 
@@ -99,11 +101,19 @@ def with_guides(
     return [replace(request, control=guides[number % len(guides)]) for number, request in enumerate(requests, start)]
 
 
-def check_models(options: GenerateOptions) -> None:
-    """Raise UserError for control_net_lllite_models that are no such file; called before the model is loaded."""
-    for path in options.control_net_lllite_models:
-        with TensorReader(Path(path)) as tensors:
-            sizes_of(tensors, where=path)
+def check_models(options: GenerateOptions, arch: SdxlArch | None) -> None:
+    """Raise UserError for control_net_lllite_models that are no such file or made for another model.
+
+    Called before the model is loaded, with what it is made of (None: not known yet). Headers are all that is read.
+    """
+    paths = options.control_net_lllite_models
+    root = unet_root(empty_module(arch, "unet")) if arch is not None and paths else None
+    for path in paths:
+        with TensorReader(Path(path)) as file:
+            tensors = {name: torch.empty(file.info(name).shape, device="meta") for name in file}
+        sizes_of(tensors, where=path)
+        if root is not None:
+            control_net_lllite.check_base(root, tensors, where=path)
 
 
 def load_controls(bundle: ModelBundle, options: GenerateOptions) -> Controls:
@@ -111,7 +121,7 @@ def load_controls(bundle: ModelBundle, options: GenerateOptions) -> Controls:
 
     Raises UserError for files made for another model.
     """
-    (root,) = (root for root in adapter_roots(bundle) if root.part == "unet")
+    root = unet_root(bundle.unet)
     controls = []
     for index, path in enumerate(options.control_net_lllite_models):
         strength = _at(options.control_net_multipliers, index)

@@ -12,6 +12,7 @@ from library.io.bundled import bundled
 from library.io.checkpoint_file import read_checkpoint
 from library.log import get_logger
 from library.models.added_tokens import AddedTokens
+from library.models.arch import SdxlArch
 from library.models.bundle import ModelBundle
 from library.models.embedding_files import Embedding, embedding_of, read_embedding
 
@@ -52,10 +53,16 @@ def _take(found: dict[str, Word], name: str, word: Word) -> None:
     found[name] = word
 
 
+def check_words(words: Mapping[str, Word], arch: SdxlArch) -> None:
+    """Raise UserError for embeddings made for another model than one of `arch`; needs its header alone."""
+    for embedding, where in words.values():
+        embedding.check_widths(arch.text_widths, where=where)
+
+
 def add_words(bundle: ModelBundle, words: Mapping[str, Word]) -> None:
     """Let the model's encoders and tokenizer know the words. Raises UserError for embeddings of another model."""
+    check_words(words, bundle.arch)
     for name, (embedding, where) in words.items():
-        embedding.check_widths(bundle.text_widths, where=where)
         vectors = "1 vector" if embedding.num_vectors == 1 else f"{embedding.num_vectors} vectors"
         log.info("%s: %s, from %s", name, vectors, where)
     if words:

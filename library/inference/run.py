@@ -9,7 +9,7 @@ import torch
 
 from library.errors import UserError
 from library.inference.controls import Controls, check_models, guide_images, load_controls, with_guides
-from library.inference.embeddings import add_words, read_words
+from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import encode_requests, generate
@@ -28,7 +28,7 @@ from library.inference.writer import PictureWriter
 from library.log import get_logger
 from library.models import attention
 from library.models.bundle import ModelBundle
-from library.models.checkpoint import load_bundle
+from library.models.checkpoint import load_bundle, read_arch
 from library.sizes import Size
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def run(cfg: "RunConfig") -> list[Path]:
     check_strengths_act(pictures, sources[0])
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
     guides = guide_images(options)
-    check_models(options)
+    arch = read_arch(options.ckpt)
+    check_models(options, arch)
+    if arch is not None:
+        check_words(words, arch)
     bundle = _load(cfg)
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
     controls, networks = load_controls(bundle, options), load_set(bundle, options)

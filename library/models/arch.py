@@ -89,6 +89,12 @@ class SdxlArch:
     vae: VaeArch | None
     facts: Facts = Facts()
 
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Widths of the two encoders' hidden states: (768, 1280) in SDXL; both encoders must be there."""
+        assert self.text_encoder_1 is not None and self.text_encoder_2 is not None
+        return self.text_encoder_1.width, self.text_encoder_2.width
+
 
 SDXL = SdxlArch(
     unet=UnetArch(4, 4, (320, 640, 1280), (0, 2, 10), 2048, 2816),

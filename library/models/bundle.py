@@ -55,8 +55,7 @@ class ModelBundle:
     @property
     def text_widths(self) -> tuple[int, int]:
         """Widths of the two encoders' hidden states: (768, 1280) in SDXL."""
-        assert self.arch.text_encoder_1 is not None and self.arch.text_encoder_2 is not None
-        return self.arch.text_encoder_1.width, self.arch.text_encoder_2.width
+        return self.arch.text_widths
 
     def vae_id(self) -> str:
         """Short hex identity of the VAE's stored weights: equal for equal weights, whatever file they are in."""

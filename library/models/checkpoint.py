@@ -111,13 +111,32 @@ def read_stated(name: str) -> Stated | None:
     Not possible are hub models that are not here yet, and PyTorch files, which would have to be read whole. Raises
     UserError for what is no SDXL checkpoint at all.
     """
+    with ExitStack() as stack:
+        model = _peeked(name, stack)
+        return None if model is None else model.stated
+
+
+def read_arch(name: str) -> SdxlArch | None:
+    """What a checkpoint is made of, from its header alone; None where `read_stated` is None.
+
+    Raises UserError for what is no SDXL checkpoint or lacks its U-Net or a text encoder. A VAE may come from elsewhere.
+    """
+    with ExitStack() as stack:
+        model = _peeked(name, stack)
+        if model is None:
+            return None
+        identify.require_parts(model.arch, _chosen(("unet", "text_encoders")), where=name)
+        return model.arch
+
+
+def _peeked(name: str, stack: ExitStack) -> OpenedModel | None:
+    """The model, open, where opening it reads no more than headers and configurations."""
     if not Path(name).expanduser().exists() and name != embedded.NAME and hub.looks_like_id(name):
         return None
     path = resolve_checkpoint(name)
     if path.is_file() and path.suffix != ".safetensors":
         return None
-    with ExitStack() as stack:
-        return open_model(path, half=False, mmap=True, stack=stack, where=name).stated
+    return open_model(path, half=False, mmap=True, stack=stack, where=name)
 
 
 def save_single_file(

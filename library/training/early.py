@@ -18,7 +18,7 @@ from library.inference.request import GenRequest
 from library.inference.sample_prompts import read_prompt_file
 from library.inference.samplers import make_scheduler
 from library.log import get_logger
-from library.models import attention
+from library.models import attention, checkpoint
 from library.models.prediction import schedule_for
 from library.sizes import Size
 from library.training import build_update, trackers
@@ -27,7 +27,7 @@ from library.training.lr import NOT_KNOWN_YET, build_scheduler, lr_settings
 from library.training.objective import Objective
 from library.training.optim import build_optimizer, try_out
 from library.training.state import read_description
-from library.training.trainable import ParamGroup
+from library.training.trainable import FitsBase, ParamGroup, Trainable
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -59,6 +59,18 @@ def check(cfg: RunConfig, accelerator: Accelerator) -> None:
         try_out(trial)
     scheduler(cfg, trial, total_steps=NOT_KNOWN_YET if cfg.loop.max_train_epochs else cfg.loop.max_train_steps)
     build_update.check(cfg, optimizer, num_processes=accelerator.num_processes)
+
+
+def check_base(cfg: RunConfig, trainable: Trainable) -> None:
+    """Whether the files that the run starts from fit its base model, by the headers of both.
+
+    Where the base model has no header to read, this is found when it is loaded.
+    """
+    if not isinstance(trainable, FitsBase):
+        return
+    found = checkpoint.read_arch(cfg.model.pretrained_model_name_or_path or "")
+    if found is not None:
+        trainable.check_base(found)
 
 
 def agreed_seed(cfg: RunConfig, accelerator: Accelerator) -> int:

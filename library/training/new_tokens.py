@@ -24,6 +24,7 @@ from library.seeds import derive_seed
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
     from library.data.dataset import TrainData
+    from library.models.arch import SdxlArch
     from library.models.bundle import ModelBundle
 
 log = get_logger(__name__)
@@ -63,6 +64,12 @@ class NewTokens:
     def tokenizer(self) -> ClipTokenizer:
         """The tokenizer that knows the tokens; needs no model."""
         return ClipTokenizer(self.counts)
+
+    def check_base(self, arch: SdxlArch) -> None:
+        """UserError for embedding files that were made for another base model than one of `arch`."""
+        for spec in self.specs:
+            if spec.name in self._files:
+                self._files[spec.name].check_widths(arch.text_widths, where=str(_file_of(spec)))
 
     def fit_data(self, specs: Sequence[DatasetSpec]) -> list[DatasetSpec]:
         """The data sets with the run's sentences in the place of the captions, except for regularisation images."""
@@ -104,6 +111,7 @@ class NewTokens:
 
     def install(self, bundle: ModelBundle, *, seed: int) -> None:
         """Make the rows and have the encoders look them up. UserError for files of another model."""
+        self.check_base(bundle.arch)
         self.rows = AddedTokens({spec.name: self._start(spec, bundle, seed=seed) for spec in self.specs})
         self.rows.install(bundle)
         self._files = {}
@@ -118,9 +126,7 @@ class NewTokens:
         """What a token's vectors are before the first step."""
         count, tables = self.counts[spec.name], [token_table(bundle, name).weight.detach() for name in NAMES]
         if spec.name in self._files:
-            found = self._files[spec.name]
-            found.check_widths((tables[0].shape[1], tables[1].shape[1]), where=str(_file_of(spec)))
-            return Embedding(*(_repeated(rows, count) for rows in found))
+            return Embedding(*(_repeated(rows, count) for rows in self._files[spec.name]))
         if spec.init_word:
             ids = load_tokenizer().encode(spec.init_word)
             return Embedding(*(_repeated(table[ids].float().cpu(), count) for table in tables))

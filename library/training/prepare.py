@@ -32,6 +32,7 @@ log = get_logger(__name__)
 def prepare(cfg: RunConfig, trainable: Trainable, accelerator: Accelerator) -> Run:
     """Data, previews and base model, checked in the order of what costs least; caches are built."""
     seed = early.agreed_seed(cfg, accelerator)
+    early.check_base(cfg, trainable)
     tokens = getattr(trainable, "tokens", None)
     specs = dataset_specs(cfg) if tokens is None else tokens.fit_data(dataset_specs(cfg))
     previews = early.preview_requests(cfg, specs[0].resolution, prediction.early_decision(cfg))

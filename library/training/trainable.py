@@ -14,6 +14,7 @@ from library.models import arch
 if TYPE_CHECKING:
     from library.data.types import Batch
     from library.inference.controls import Controls
+    from library.models.arch import SdxlArch
     from library.models.bundle import ModelBundle
 
 Part = Literal["unet", "te1", "te2"]
@@ -86,6 +87,15 @@ class ExportsNetwork(Trainable, Protocol):
 
     def export(self, dtype: dtype | None) -> Artifact:
         """The trained weights under the names of their file format, cast to `dtype` (None: as they are)."""
+        ...
+
+
+@runtime_checkable
+class FitsBase(Protocol):
+    """A training mode that starts from files made for one base model."""
+
+    def check_base(self, arch: SdxlArch) -> None:
+        """Raise UserError where its files do not fit a base model of `arch`; called before one is loaded."""
         ...
 
 

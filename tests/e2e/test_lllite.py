@@ -146,6 +146,14 @@ def test_what_cannot_be_is_told_before_the_model_is_loaded(follow, pictures, con
     save_file(small, tmp_path / "small.safetensors")
     weights = f"--network_weights={tmp_path / 'small.safetensors'}"
     assert "the file has network_dim 6, and 9 is asked for" in told(weights, "--network_dim=9")
+    name = "lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    other = {f"{name}.conditioning1.0.weight": torch.ones(4, 3, 4, 4), f"{name}.down.0.weight": torch.ones(6, 1280)}
+    other_place = tmp_path / "other.safetensors"
+    save_file(other, other_place)
+    text = told(f"--network_weights={other_place}")
+    assert f"{name} is made for a layer of 1280 numbers, this model's has 80" in text and "other.safetensors" in text
+    save_file({key.replace("blocks_0", "blocks_9"): value for key, value in other.items()}, other_place)
+    assert "1 of its 1 modules are not in this model" in told(f"--network_weights={other_place}")
     Image.new("RGB", (64, 8)).save(conditions / "p0.png")
     for path in conditions.glob("p[1-6].png"):
         path.unlink()

@@ -198,9 +198,17 @@ def test_what_cannot_be_learnt_is_told_before_a_model_is_loaded(named, tmp_path,
     assert what in capsys.readouterr().err
 
 
-def test_an_embedding_for_another_model_is_refused(tmp_path, capsys):
+def test_an_embedding_for_another_model_is_refused_before_a_model_is_loaded(named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("library.models.checkpoint.filled", None)
     path = tmp_path / "other.safetensors"
-    save_file({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, path)
+    save_file({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, path)
     argv = ["--ckpt=tiny", "--prompt=a", f"--outdir={tmp_path}", f"--textual_inversion_embeddings={path}"]
     assert sdxl_gen_img.main(argv) == 2
-    assert "it was made for another model" in capsys.readouterr().err
+    for main, make in (
+        (sdxl_train_textual_inversion.main, full_arguments),
+        (sdxl_train_network.main, lambda *some: arguments(*some, "--train_tokens")),
+    ):
+        assert main(make(named, tmp_path / "out", *TOKEN, f"--weights={path}")) == 2
+    sentences = capsys.readouterr().err
+    assert sentences.count("vectors of 768 and 1280 numbers, this model's have 32 and 48: it was made for") == 3
+    assert sentences.count(str(path)) == 3 and sentences.count("choose an embedding made for this model") == 3

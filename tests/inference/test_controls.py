@@ -157,6 +157,11 @@ def test_the_script_draws_with_a_network_and_refuses_wrong_files_before_loading(
     assert sdxl_gen_img.main([*argv.split(), *network, *guides]) == 2
     told = capsys.readouterr().err
     assert "it is a LoRA" in told and "give it as network_weights" in told
+    name = "lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    other = {f"{name}.conditioning1.0.weight": torch.ones(4, 3, 4, 4), f"{name}.down.0.weight": torch.ones(6, 1280)}
+    save(other, tmp_path / "lora.safetensors")
+    assert sdxl_gen_img.main([*argv.split(), *network, *guides]) == 2
+    assert f"{name} is made for a layer of 1280 numbers, this model's has 80" in capsys.readouterr().err
     guides[1] = str(tmp_path / "nowhere.png")
     assert sdxl_gen_img.main([*argv.split(), *network, *guides]) == 2
     assert "nowhere.png does not exist" in capsys.readouterr().err

@@ -105,6 +105,7 @@ def test_what_is_saved_says_the_same_when_it_is_loaded(half_bundle: ModelBundle,
         assert stated.flow_shift == (more.get("flow_shift", 1.0) if kind == FLOW else None)
         again = checkpoint.load_bundle(str(tmp_path / name), parts=("vae",))
         assert again.stated == stated and again.prediction_type == kind
+        assert checkpoint.read_arch(str(tmp_path / name)) == half_bundle.arch
         assert torch.equal(again.schedule.signal_N, schedule.signal_N)
     config = json.loads((tmp_path / "many" / "scheduler" / "scheduler_config.json").read_text())
     index = json.loads((tmp_path / "many" / "model_index.json").read_text())
@@ -140,5 +141,13 @@ def test_pytorch_files_and_hub_models_say_nothing_before_they_are_read(tiny_path
     assert checkpoint.read_stated(str(tmp_path / "m.safetensors")) == Stated(V, where="by its tensor v_pred")
     assert checkpoint.read_stated(str(tmp_path / "m.ckpt")) is None
     assert checkpoint.read_stated("somebody/some-model") is None
+    assert (
+        checkpoint.read_arch("somebody/some-model") is None and checkpoint.read_arch(str(tmp_path / "m.ckpt")) is None
+    )
+    save_file(
+        {key: value for key, value in tensors.items() if "embedders.0" not in key}, tmp_path / "l.safetensors", metadata
+    )
+    with pytest.raises(UserError, match="text encoder 1"):
+        checkpoint.read_arch(str(tmp_path / "l.safetensors"))
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.read_stated(str(tmp_path / "n.safetensors"))

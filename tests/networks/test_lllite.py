@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from library.errors import UserError
 from networks import control_net_lllite as lllite
 from networks import lora
-from tests.networks.parts import make_roots, predict, unet_inputs
+from tests.networks.parts import TINY_UNET, make_roots, make_unet, predict, unet_inputs
 
 
 @pytest.fixture
@@ -29,6 +29,13 @@ def moved(network, size: float = 0.1):
             for parameter in part.up.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=g) * size)
     return network.eval()
+
+
+@pytest.fixture(scope="module")
+def unloaded():
+    """The tiny U-Net without weights."""
+    with torch.device("meta"):
+        return make_roots(make_unet(**TINY_UNET))[0]
 
 
 @pytest.fixture
@@ -185,6 +192,7 @@ MIDDLE = "lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
 @pytest.mark.parametrize(
     ("change", "what"),
     [
+        (lambda t: t | {f"{MIDDLE}.mid.0.bias": torch.ones(9)}, "this model needs (6,)"),
         (lambda t: {}, "the file holds no tensors"),
         (lambda t: {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "it is a LoRA"),
         (lambda t: {"model.diffusion_model.out.2.weight": torch.ones(2)}, "a whole checkpoint"),
@@ -193,16 +201,22 @@ MIDDLE = "lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
         (lambda t: {k: v for k, v in t.items() if "conditioning1.0.weight" not in k}, "has no conditioning1.0.weight"),
         (lambda t: {k: v for k, v in t.items() if not k.startswith(f"{MIDDLE}.mid.0.bias")}, 'mid.0.bias" is missing'),
         (lambda t: t | {"lllite_unet_output_blocks_0_1_x.up.0.bias": torch.ones(2)}, "are not in this model"),
-        (lambda t: t | {f"{MIDDLE}.down.0.weight": torch.ones(6, 1280)}, "this model needs (6, 80)"),
+        (
+            lambda t: t | {f"{MIDDLE}.down.0.weight": torch.ones(6, 1280)},
+            "layer of 1280 numbers, this model's has 80: the LLLite was",
+        ),
         (lambda t: t | {f"{MIDDLE}.up.0.bias": torch.full((80,), float("nan"))}, "not finite"),
         (lambda t: t | {f"{MIDDLE}.alpha": torch.ones(1)}, 'alpha" is not a tensor'),
     ],
 )
-def test_files_of_other_kinds_or_for_other_models_are_refused_in_a_sentence(root, network, change, what):
+def test_files_of_other_kinds_or_for_other_models_are_refused_in_a_sentence(root, network, unloaded, change, what):
     with pytest.raises(UserError) as caught:
         lllite.read(root, change(network.export()), where="some.safetensors")
     (problem,) = caught.value.problems
     assert what in problem.what and problem.where == "some.safetensors" and problem.fix
+    with pytest.raises(UserError) as caught:
+        lllite.check_base(unloaded, change(network.export()), where="some.safetensors")
+    assert caught.value.problems == (problem,), "the same is found without the model's weights"
 
 
 def test_the_adapters_of_loras_refuse_it_by_name(root, network):

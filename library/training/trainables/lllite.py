@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from library.data.types import Batch
 from library.errors import UserError
-from library.inference.adapters import adapter_roots
+from library.inference.adapters import unet_root
 from library.inference.controls import Control, Controls
 from library.io.safetensors_file import TensorReader
 from library.models import checkpoint
+from library.models.assemble import empty_module
 from library.training.trainable import Artifact, ParamGroup, Part
 from networks import control_net_lllite
 from networks._lllite_files import sizes_of
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
+    from library.models.arch import SdxlArch
     from library.models.bundle import ModelBundle
     from networks.control_net_lllite import LLLiteNetwork
 
@@ -61,12 +63,19 @@ class LlliteTrainable:
                 )
         return found
 
+    def check_base(self, arch: SdxlArch) -> None:
+        """UserError for `--network_weights` of another base model."""
+        if self._weights is not None:
+            control_net_lllite.check_base(
+                unet_root(empty_module(arch, "unet")), self._weights, where=str(self.cfg.lllite.network_weights)
+            )
+
     def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
         """Nothing to change: the base stays as it is."""
 
     def attach(self, bundle: ModelBundle) -> nn.Module:
         """Build the network on the U-Net, load `--network_weights`, and hook it into the forward passes."""
-        (root,) = (root for root in adapter_roots(bundle) if root.part == "unet")
+        root = unet_root(bundle.unet)
         cond_emb_dim, mlp_dim = self.sizes
         self.network = control_net_lllite.create(
             root, cond_emb_dim=cond_emb_dim, mlp_dim=mlp_dim, dropout=self.cfg.lllite.network_dropout

@@ -17,6 +17,7 @@ from library.training.trainables.network import NetworkTrainable
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
+    from library.models.arch import SdxlArch
     from library.models.bundle import ModelBundle
     from networks._network import AdapterNetwork
 
@@ -39,6 +40,10 @@ class PivotalTrainable:
     def network(self) -> AdapterNetwork:
         """The network, once it is attached."""
         return self.inner.network
+
+    def check_base(self, arch: SdxlArch) -> None:
+        """UserError for embedding files of another base model."""
+        self.tokens.check_base(arch)
 
     def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
         """Merge `--base_weights` into the base, then add the tokens."""

@@ -15,6 +15,7 @@ from library.training.trainable import ParamGroup, Part
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
+    from library.models.arch import SdxlArch
     from library.models.bundle import ModelBundle
 
 
@@ -34,6 +35,10 @@ class TextualInversionTrainable:
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
         self.tokens = NewTokens(cfg)
+
+    def check_base(self, arch: SdxlArch) -> None:
+        """UserError for embedding files of another base model."""
+        self.tokens.check_base(arch)
 
     def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
         """Add the tokens to `bundle`; random starts depend on `seed` and the token's name only."""
