@@ -16,6 +16,20 @@ from networks._args import LoraArgs
 from networks._build import Family, Size
 
 
+class _Linear(nn.Linear):
+    """Its weights are drawn afterwards; `nn.utils.skip_init`, by the meta device, takes several times as long."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
+class _Conv2d(nn.Conv2d):
+    """The same."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 class LoraAdapter(Adapter):
     """One module's LoRA: down (r, in) and up (out, r), or for a Conv2d down (r, in, kh, kw) and up (out, r, 1, 1).
 
@@ -42,13 +56,13 @@ class LoraAdapter(Adapter):
         device = "meta" if base.weight.is_meta else "cpu"
         if isinstance(base, nn.Conv2d):
             geometry = {"kernel_size": base.kernel_size, "stride": base.stride, "padding": base.padding}
-            self.lora_down = nn.utils.skip_init(
-                nn.Conv2d, base.in_channels, rank, **geometry, dilation=base.dilation, bias=False, device=device
+            self.lora_down = _Conv2d(
+                base.in_channels, rank, **geometry, dilation=base.dilation, bias=False, device=device
             )
-            self.lora_up = nn.utils.skip_init(nn.Conv2d, rank, base.out_channels, 1, bias=False, device=device)
+            self.lora_up = _Conv2d(rank, base.out_channels, 1, bias=False, device=device)
         else:
-            self.lora_down = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, device=device)
-            self.lora_up = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, device=device)
+            self.lora_down = _Linear(base.in_features, rank, bias=False, device=device)
+            self.lora_up = _Linear(rank, base.out_features, bias=False, device=device)
         self.reset_down(generator)
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(alpha or rank), device=device))

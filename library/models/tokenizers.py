@@ -146,8 +146,9 @@ def _vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     return vocabulary, tuple(merges)
 
 
+@cache
 def _engine() -> Tokenizer:
-    """The steps of transformers' CLIPTokenizer, which cannot be imported without torch."""
+    """The steps of transformers' CLIPTokenizer, which cannot be imported without torch; nothing of it ever changes."""
     vocabulary, merges = _vocabulary()
     model = BPE(vocabulary, list(merges), end_of_word_suffix="</w>", unk_token=_END)
     engine = Tokenizer(model)

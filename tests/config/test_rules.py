@@ -215,6 +215,7 @@ TOKEN_CASES = [
         {"token_norm_decay": 0.1, "optimizer_type": "AdamWScheduleFree"},
         "cannot be used with AdamWScheduleFree",
     ),
+    ("tokens_are_encoded_anew", {"text_encoder_batch_size": 4}, "cannot act while tokens are trained"),
     ("tokens_have_a_rate", {"learning_rate": 0.0}, "would leave the tokens as they are"),
     ("small_files_have_no_folder", {"save_model_as": "diffusers"}, "an embedding is saved as a single file"),
 ]

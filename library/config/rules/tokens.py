@@ -69,11 +69,18 @@ def one_template(cfg: RunConfig) -> list[Problem]:
     return []
 
 
-@rule("cache_text_encoder_outputs", "train_tokens", runs=_RUNS)
+@rule("cache_text_encoder_outputs", "text_encoder_batch_size", "train_tokens", runs=_RUNS)
 def tokens_are_encoded_anew(cfg: RunConfig) -> list[Problem]:
     """Cached texts hold no token that learns."""
-    if not trains_tokens(cfg) or not cfg.data.cache_text_encoder_outputs:
+    if not trains_tokens(cfg):
         return []
+    if not cfg.data.cache_text_encoder_outputs:
+        if not cfg.is_given("text_encoder_batch_size"):
+            return []
+        what = "text_encoder_batch_size cannot act while tokens are trained: it is about filling a cache of captions"
+        return conflict(
+            cfg, what, "text_encoder_batch_size", fix="remove it; train_batch_size says how many are encoded"
+        )
     what = "cache_text_encoder_outputs cannot be used while tokens are trained: cached captions do not learn"
     return conflict(cfg, what, "cache_text_encoder_outputs", fix="leave the cache out")
 

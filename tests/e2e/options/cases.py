@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from library.config.tokens import PivotalOptions, TokenOptions
 from tests.e2e.options.observing import Look, Seen, files, headers, lines, numbers
 
-NETWORK, FULL = "sdxl_train_network", "sdxl_train"
+TOKENS, LLLITE = "sdxl_train_textual_inversion", "sdxl_train_control_net_lllite"
+
+
+LEVELS = ("batches", "rehearsal", "whole")
 
 
 @dataclass(frozen=True)
 class Case:
     """`value` is set on top of `beside`; `look` at the two runs must differ. A text value may name {folder}.
 
-    Cases with the same `together` are set in one run, since each looks at something of its own.
+    Cases with the same `together` are set in one run, since each looks at something of its own. `level`: the
+    least of a run that shows it; more of it is tried where that does not.
     """
 
     value: Any
     beside: Mapping[str, Any] = field(default_factory=dict)
     look: Look = numbers
     together: str = ""
+    level: str = "rehearsal"
 
 
 def header(name: str) -> Look:
@@ -44,8 +48,8 @@ HALF = {"mixed_precision": "bf16"}
 MODEL: dict[str, Case] = {
     "pretrained_model_name_or_path": Case("{folder}/other.safetensors"),
     "vae": Case("{folder}/vae.safetensors"),
-    "max_token_length": Case(150, {"caption_prefix": "word, " * 60}),
-    "weighted_captions": Case(True),
+    "max_token_length": Case(150, {"caption_prefix": "word, " * 60}, level="batches"),
+    "weighted_captions": Case(True, level="batches"),
     "clip_skip": Case(2, look=headers),
     "no_half_vae": Case(True, HALF),
     "vae_batch_size": Case(2, LATENTS, look=lambda seen: seen.vae_batches),
@@ -121,12 +125,18 @@ DATA: dict[str, Case] = {
         True, {"max_data_loader_n_workers": 1}, lambda seen: seen.loader["persistent_workers"]
     ),
 }
+_NEED_CACHES = {"cache_latents_moments", "cache_in_background", "skip_cache_check", "masked_loss_normalize"}
+DATA |= {
+    name: replace(case, level="batches")
+    for name, case in DATA.items()
+    if case.look in (numbers, lines) and name not in _NEED_CACHES
+}
 LOOP: dict[str, Case] = {
     "min_timestep": Case(900),
     "max_timestep": Case(10),
     "max_train_steps": Case(2),
     "max_train_epochs": Case(1, look=lambda seen: len(seen.steps)),
-    "gradient_accumulation_steps": Case(2),
+    "gradient_accumulation_steps": Case(2, level="batches"),
     "gradient_checkpointing": Case(True, look=lambda seen: seen.facts["gradient_checkpointing"]),
     "mixed_precision": Case("bf16"),
     "seed": Case(4),
@@ -281,31 +291,54 @@ EVALUATION: dict[str, Case] = {
     "ema_update_interval": Case(2, AVERAGED),
     "save_ema": Case("only", AVERAGED, files),
 }
+BESIDE_NETWORK = {"train_tokens": True, "token_string": "zxq"}
+NEW_TOKENS: dict[str, Case] = {
+    "token_string": Case("zxq", {"train_tokens": True}, files),
+    "num_vectors_per_token": Case(3, BESIDE_NETWORK),
+    "init_word": Case("blue", BESIDE_NETWORK),
+    "weights": Case("{folder}/word.safetensors", BESIDE_NETWORK),
+    "token_file": Case(
+        "{folder}/tokens.toml", {"train_tokens": True, "token_string": None, "num_vectors_per_token": None}
+    ),
+    "use_object_template": Case(True, BESIDE_NETWORK, level="batches"),
+    "use_style_template": Case(True, BESIDE_NETWORK, level="batches"),
+    "token_template_file": Case("{folder}/sentences.txt", BESIDE_NETWORK, level="batches"),
+    "token_norm_decay": Case(0.5, BESIDE_NETWORK),
+    "train_tokens": Case(True, {"token_string": "zxq"}, files),
+    "token_lr": Case(1e-2, BESIDE_NETWORK),
+    "bundle_tokens": Case(True, BESIDE_NETWORK),
+}
+CONDITIONS: dict[str, Case] = {
+    "conditioning_data_dir": Case("{folder}/others", level="batches"),
+    "cond_emb_dim": Case(6),
+}
 CASES = {
-    **MODEL, **DATA, **LOOP, **OPTIMIZER, **SAVING, **PICTURES, **NETWORKS, **FINE_TUNE, **PREDICTION, **DIFFUSION,
-    **UPDATES, **EVALUATION, "log_with": Case("wandb"),
+    **NEW_TOKENS, **CONDITIONS, **MODEL, **DATA, **LOOP, **OPTIMIZER, **SAVING, **PICTURES, **NETWORKS,
+    **FINE_TUNE, **PREDICTION, **DIFFUSION, **UPDATES, **EVALUATION, "log_with": Case("wandb"),
 }  # fmt: skip
 
-# Options that are not about a run of the trainer: name -> where they are tested.
-ELSEWHERE = {
-    "output_dir": "where every run here is looked at",
-    "debug_dataset": "tests/data/test_dataset_report.py",
-    "console_log_level": "tests/config/test_log.py",
-    "console_log_file": "tests/config/test_log.py",
-    "console_log_simple": "tests/config/test_log.py",
-    "sdpa": "the default attention; tests/models/test_sdxl.py",
-    "log_every_n_steps": "tests/training/test_metrics.py",
-    "max_nonfinite_steps": "tests/e2e/test_watching.py",
-    "ema_device": "tests/training/test_ema.py",
-    **dict.fromkeys(
-        (*TokenOptions.model_fields, *PivotalOptions.model_fields),
-        "tests/e2e/test_textual_inversion.py, tests/training/test_new_tokens.py, tests/config/test_tokens.py",
-    ),
-    **dict.fromkeys(
-        ("log_tracker_name", "log_tracker_config", "wandb_run_name", "wandb_api_key", "log_config"),
-        "tests/training/test_trackers.py",
-    ),
+# What a mode needs otherwise: pictures with conditions, captions with the token.
+NO_FOLDERS = {"train_data_dir": None, "conditioning_data_dir": None}
+OTHER_PICTURES = Case("{folder}/others", level="batches")
+IN_MODE: dict[str, dict[str, Case]] = {
+    TOKENS: {
+        "train_data_dir": OTHER_PICTURES,
+        "token_string": Case("circle"),
+        "text_cache_variants": Case(3),
+        "text_encoder_batch_size": Case(3),
+    },
+    LLLITE: {
+        "train_data_dir": OTHER_PICTURES,
+        "network_dim": Case(6),
+        "dataset_config": Case("{folder}/masks.toml", NO_FOLDERS, level="batches"),
+        "prior_loss_weight": Case(0.25, {**NO_FOLDERS, "dataset_config": "{folder}/reg.toml"}, level="batches"),
+    },
 }
+
+
+def cases_of(run: str) -> dict[str, Case]:
+    """The cases by option, as they are in a training mode."""
+    return {**CASES, **IN_MODE.get(run, {})}
 
 
 def filled(value: Any, *, folder: Path, run: str, out: str) -> Any:
@@ -317,4 +350,4 @@ def filled(value: Any, *, folder: Path, run: str, out: str) -> Any:
     return value
 
 
-__all__ = ["CASES", "ELSEWHERE", "Case", "Seen", "filled"]
+__all__ = ["CASES", "Case", "Seen", "cases_of", "filled"]

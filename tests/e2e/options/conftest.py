@@ -3,8 +3,9 @@
 import pytest
 
 from library.errors import UserError
-from tests.e2e.options.cases import CASES, filled
+from tests.e2e.options.cases import LEVELS, cases_of, filled
 from tests.e2e.options.observing import furnish, observe, options_of
+from tests.e2e.options.serving import observe_batches
 
 
 @pytest.fixture(scope="session")
@@ -23,35 +24,49 @@ def shared():
 
 @pytest.fixture
 def acts_or_is_refused(places, shared, monkeypatch, tmp_path):
-    """check(run, name): with the case's value the run shows something else than without it, or refuses it by name."""
+    """check(run, name): with the case's value the run shows something else than without it, or refuses it by name.
 
-    def seen(run, out, options):
+    What does not show in the batches of a run or in a rehearsal, where the steps see sums in the place of a model, must
+    show in a whole run.
+    """
+
+    def seen(run, out, options, level="whole"):
         known = {key: value for key, value in options.items() if key in options_of(run)}
         filled_in = {key: filled(value, folder=places, run=run, out=out) for key, value in known.items()}
-        return observe(run, places, monkeypatch, out, filled_in)
+        if level == "batches":
+            return observe_batches(run, places, monkeypatch, out, filled_in)
+        return observe(run, places, monkeypatch, out, filled_in, rehearsed=level == "rehearsal")
+
+    def once(key, *arguments):
+        if key not in shared:
+            shared[key] = seen(*arguments)
+        return shared[key]
+
+    def shows(run, name, case, level):
+        kind = f"{tmp_path.name}-{level}"
+        if case.together:
+            members = {other: more.value for other, more in cases_of(run).items() if more.together == case.together}
+            with_option = once(f"{run} {case.together} {level}", run, f"{kind}-together", members, level)
+        else:
+            with_option = seen(run, f"{kind}-with", {**case.beside, name: case.value}, level)
+        own_place = tmp_path.name if "{out}" in str(case.beside) else ""
+        try:
+            key = f"{run} {sorted(case.beside.items())} {level} {own_place}"
+            without = once(key, run, f"{kind}-without", case.beside, level)
+        except UserError:
+            return True  # the option is what makes the rest possible
+        return case.look(with_option) != case.look(without)
 
     def check(run, name):
         if not (places / f"first-{run}").exists():
             seen(run, f"first-{run}", {"save_state": True})
-        case = CASES[name]
+        case = cases_of(run)[name]
         try:
-            if case.together and f"{run} {case.together}" not in shared:
-                values = {other: CASES[other].value for other in CASES if CASES[other].together == case.together}
-                shared[f"{run} {case.together}"] = seen(run, f"{tmp_path.name}-together", values)
-            if case.together:
-                with_option = case.look(shared[f"{run} {case.together}"])
-            else:
-                with_option = case.look(seen(run, f"{tmp_path.name}-with", {**case.beside, name: case.value}))
+            acts = any(shows(run, name, case, level) for level in LEVELS[LEVELS.index(case.level) :])
         except UserError as error:
             told = [f"{problem.what} {problem.where}" for problem in error.problems]
             assert any(name in text for text in told), told
             return
-        key = f"{run} {sorted(case.beside.items())}"
-        if key not in shared or "{out}" in key:
-            try:
-                shared[key] = seen(run, f"{tmp_path.name}-without", case.beside)
-            except UserError:
-                return  # the option is what makes the rest possible
-        assert with_option != case.look(shared[key]), f"{name} = {case.value!r} changes nothing in {run}"
+        assert acts, f"{name} = {case.value!r} changes nothing in {run}"
 
     return check

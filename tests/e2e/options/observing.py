@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from library.config.cli import make_config
 from library.config.runs import RUNS
 from library.data import dataset
+from library.io.safetensors_file import save
 from library.models import checkpoint, scratch
 from library.training import launch
 from library.training.export_check import ExportCheck
 from tests.e2e.options.copying import Copier
+from tests.e2e.options.rehearsing import model_of_sums
 
 BASE: dict[str, Any] = {
     "resolution": 64,
@@ -42,7 +44,13 @@ BASE: dict[str, Any] = {
 OF_MODE: dict[str, dict[str, Any]] = {
     "sdxl_train_network": {"network_module": "networks.lora", "network_dim": 2},
     "sdxl_train": {},
-}
+    "sdxl_train_textual_inversion": {"token_string": "zxq", "num_vectors_per_token": 2},
+    "sdxl_train_control_net_lllite": {
+        "train_data_dir": "{folder}/images/1_thing", "conditioning_data_dir": "{folder}/conditions", "cond_emb_dim": 8,
+        "network_dim": 4,
+    },
+}  # fmt: skip
+CAN_TRAIN = ("unet", "text_encoder_1", "text_encoder_2")
 VOLATILE = re.compile(
     r"time|images_per_second|date|session_id|_at$|hash|_share$|memory|wait|seconds|title|_dirs$|dataset"
 )
@@ -53,10 +61,17 @@ def furnish(folder: Path) -> None:
     _pictures(folder)
     _models(folder)
     places = folder / "images" / "1_thing"
-    meta = {path.stem: {"caption": f"a circle {index}"} for index, path in enumerate(sorted(places.glob("*.png")))}
+    meta = {path.stem: {"caption": f"a circle zxq {index}"} for index, path in enumerate(sorted(places.glob("*.png")))}
+    words = {"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 48)}
+    save(words, folder / "word.safetensors")
+    (folder / "tokens.toml").write_text('[tokens.zxq]\ninit_word = "blue"\n')
+    (folder / "sentences.txt").write_text("a good {}\n")
     (folder / "meta.json").write_text(json.dumps(meta))
     dataset_file = "[[datasets]]\nresolution = 96\n[[datasets.subsets]]\nimage_dir = {!r}\n"
     (folder / "data.toml").write_text(dataset_file.format(str(places)))
+    conditions = f"conditioning_data_dir = {str(folder / 'conditions')!r}\n"
+    others = f"[[datasets.subsets]]\nimage_dir = {str(folder / 'others')!r}\nis_reg = true\n"
+    (folder / "reg.toml").write_text(dataset_file.format(str(places)) + conditions + others + conditions)
     masks = folder / "masks"
     masks.mkdir()
     for index, path in enumerate(sorted(places.glob("*.png"))):
@@ -64,7 +79,8 @@ def furnish(folder: Path) -> None:
         mask[: 20 + index] = 255
         Image.fromarray(mask).save(masks / path.name)
     (folder / "masks.toml").write_text(dataset_file.format(str(places)) + f"conditioning_data_dir = {str(masks)!r}\n")
-    (folder / "prompts.txt").write_text("a red circle --w 64 --h 64 --s 2 --d 1\n")
+    control = next(iter(sorted((folder / "conditions").glob("*.png"))))
+    (folder / "prompts.txt").write_text(f"a red zxq circle --w 64 --h 64 --s 2 --d 1 --cn {control}\n")
 
 
 def _models(folder: Path) -> None:
@@ -93,9 +109,15 @@ def _pictures(folder: Path) -> None:
     for index, (w, h) in enumerate([(64, 64), (100, 80), (72, 130), (160, 90)]):
         stem = f"p{index}_{w // 2}_{h // 2}_20_20"
         Image.fromarray(rng.integers(0, 255, (h, w, 4), dtype=np.uint8)).save(target / f"{stem}.png")
-        text = f"a {{red|green}} circle, number {index}, (plain:1.5) ;; big, on white, grey\nline {index}, drawn"
+        text = (
+            f"a {{red|green}} zxq circle, number {index}, (plain:1.5) ;; big, on white, grey\nline {index} zxq, drawn"
+        )
         (target / f"{stem}.txt").write_text(text)
-        (target / f"{stem}.words").write_text(f"other words {index}")
+        (target / f"{stem}.words").write_text(f"other words of zxq {index}")
+        for name in ("conditions", "others"):
+            (folder / name).mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(folder / name / f"{stem}.png")
+        (folder / "others" / f"{stem}.txt").write_text("a zxq square")
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
         folder / "regularisation" / "1_plain" / "r.png"
     )
@@ -129,12 +151,38 @@ class _Lines(logging.Handler):
         self.lines.append(re.sub(r"/\S+|\d\d:\d\d:\d\d", "", record.getMessage()))
 
 
+@contextlib.contextmanager
+def logged(lines: list[str]) -> Iterator[None]:
+    """Add what the library logs to `lines`, without places and times."""
+    handler, logger = _Lines(lines), logging.getLogger("library")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 _BUNDLES: dict[str, Copier] = {}
+_HEADERS: dict[tuple[str, str], Any] = {}
+
+
+def _read_once(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def known(name: str) -> Any:
+        key = read.__name__, name
+        if key not in _HEADERS:
+            _HEADERS[key] = read(name)
+        return _HEADERS[key]
+
+    return known
 
 
 @contextlib.contextmanager
-def _spied(seen: Seen, patch: Any) -> Iterator[None]:
+def _spied(seen: Seen, patch: Any, *, rehearsed: bool) -> Iterator[None]:
     """Load each model once, and note how models are loaded and batches are made."""
+    parameters: list[torch.Tensor] = []
     load = checkpoint.load_bundle
     bundles: list[Any] = []
 
@@ -158,27 +206,32 @@ def _spied(seen: Seen, patch: Any) -> Iterator[None]:
     def assemble(*arguments: Any) -> Any:
         trainer, state = put_together(*arguments)
         seen.facts["update"] = type(trainer.update).__name__
+        parameters.extend(p for p in trainer.step.parameters() if p.requires_grad)
         return trainer, state
 
-    with patch.context() as inner:
+    sums = model_of_sums(patch, parameters) if rehearsed else contextlib.nullcontext()
+    with patch.context() as inner, sums:
         inner.setattr(launch, "assemble", assemble)
         # A check of what was saved, which has tests of its own and would take as long as the run.
         inner.setattr(ExportCheck, "__call__", lambda *arguments, **options: None)
         inner.setattr(checkpoint, "load_bundle", load_once)
+        inner.setattr(checkpoint, "read_stated", _read_once(checkpoint.read_stated))
+        inner.setattr(checkpoint, "read_arch", _read_once(checkpoint.read_arch))
+        if rehearsed:
+            inner.setattr(checkpoint, "save_single_file", _save_without_vocabulary)
         inner.setattr(dataset, "DataLoader", loader)
-        handler = _Lines(seen.log)
-        logger = logging.getLogger("library")
-        level = logger.level
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        try:
+        with logged(seen.log):
             yield
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
     vae, unet = bundles[-1].vae, bundles[-1].unet
     seen.facts |= {"use_slicing": vae.use_slicing, "use_tiling": vae.use_tiling}
     seen.facts["gradient_checkpointing"] = unet.down_blocks[0].gradient_checkpointing
+
+
+def _save_without_vocabulary(bundle: Any, path: Path, *, states: Any = None, **header: Any) -> None:
+    """Write what can train of a checkpoint: most of its bytes are the vectors of words, which never do."""
+    parts = {part: states[part] if states else getattr(bundle, part).state_dict() for part in CAN_TRAIN}
+    tensors = {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}
+    save({key: value for key, value in tensors.items() if "token_embedding" not in key}, path, **header)
 
 
 def _watch(bundle: Any, seen: Seen) -> None:
@@ -190,33 +243,49 @@ def _watch(bundle: Any, seen: Seen) -> None:
         )
 
 
-def observe(run: str, folder: Path, patch: Any, name: str, options: dict[str, Any]) -> Seen:
-    """Train as `run` with BASE and `options` into `folder/name`; raises UserError where the options are refused."""
-    output = folder / name
-    places = {
-        "pretrained_model_name_or_path": str(folder / "small.safetensors"),
-        "train_data_dir": str(folder / "images"),
-        "output_dir": str(output),
-    }
-    values = {**BASE, **OF_MODE[run], **places, **options}
-    cfg = make_config(run, **{key: value for key, value in values.items() if value is not None})
-    seen = Seen()
-    with _spied(seen, patch), contextlib.redirect_stderr(io.StringIO()):
-        launch.train(cfg, _trainable(run, cfg))
-    _reset_accelerate()
+def observe(run: str, folder: Path, patch: Any, name: str, options: dict[str, Any], *, rehearsed: bool = False) -> Seen:
+    """Train as `run` with BASE and `options` into `folder/name`; raises UserError where the options are refused.
+
+    rehearsed: with a model of sums in the steps (`rehearsing`), which takes a third of the time.
+    """
+    cfg, seen = config_of(run, folder, name, options), Seen()
+    with _spied(seen, patch, rehearsed=rehearsed), contextlib.redirect_stderr(io.StringIO()):
+        launch.train(cfg, trainable_of(run, cfg))
+    reset_accelerate()
     seen.log = [*cfg.notices, *seen.log]
     _read(seen, Path(cfg.save.output_dir), cfg.save.output_name or "last")
     return seen
 
 
-def _trainable(run: str, cfg: Any) -> Any:
+def config_of(run: str, folder: Path, name: str, options: dict[str, Any]) -> Any:
+    """The settings of such a run."""
+    places = {
+        "pretrained_model_name_or_path": str(folder / "small.safetensors"),
+        "train_data_dir": str(folder / "images"),
+        "output_dir": str(folder / name),
+    }
+    of_mode = {k: v.replace("{folder}", str(folder)) if isinstance(v, str) else v for k, v in OF_MODE[run].items()}
+    values = {**BASE, **places, **of_mode, **options}
+    return make_config(run, **{key: value for key, value in values.items() if value is not None})
+
+
+def trainable_of(run: str, cfg: Any) -> Any:
+    """What trains in such a run."""
     from library.training.trainables.full import FullTrainable
-    from library.training.trainables.network import NetworkTrainable
+    from library.training.trainables.lllite import LlliteTrainable
+    from library.training.trainables.networks import network_trainable
+    from library.training.trainables.textual_inversion import TextualInversionTrainable
 
-    return {"sdxl_train": FullTrainable, "sdxl_train_network": NetworkTrainable}[run](cfg)
+    return {
+        "sdxl_train": FullTrainable,
+        "sdxl_train_network": network_trainable,
+        "sdxl_train_textual_inversion": TextualInversionTrainable,
+        "sdxl_train_control_net_lllite": LlliteTrainable,
+    }[run](cfg)
 
 
-def _reset_accelerate() -> None:
+def reset_accelerate() -> None:
+    """Forget the precision of a process's first run."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.e2e.options.cases import CASES, ELSEWHERE
+from tests.e2e.options.cases import cases_of
+from tests.e2e.options.elsewhere import ELSEWHERE
 from tests.e2e.options.observing import options_of
 
 RUN = "sdxl_train"
@@ -16,5 +17,5 @@ def test_option_acts_or_is_refused(acts_or_is_refused, name):
 
 def test_every_option_has_one_case():
     named = set(options_of(RUN))
-    assert named <= set(CASES) | set(ELSEWHERE)
-    assert not set(CASES) & set(ELSEWHERE)
+    assert named <= set(cases_of(RUN)) | set(ELSEWHERE)
+    assert not set(cases_of(RUN)) & set(ELSEWHERE)
