@@ -117,7 +117,7 @@ DATA: dict[str, Case] = {
     ),
     "text_encoder_batch_size": Case(3, TEXTS, lambda seen: seen.text_batches),
     "skip_cache_check": Case(
-        True, {**ON_DISK, "vae": "{folder}/vae.safetensors", "cache_dir": "{folder}/cache"}, lines
+        True, {**ON_DISK, "vae": "{folder}/vae.safetensors", "cache_dir": "{folder}/{run}/cache"}, lines
     ),
     "legacy_crop_conditioning": Case(True),
     "max_data_loader_n_workers": Case(1, look=lambda seen: seen.loader.get("num_workers", 0)),

@@ -3,8 +3,8 @@
 import pytest
 
 from library.errors import UserError
-from tests.e2e.options.cases import LEVELS, cases_of, filled
-from tests.e2e.options.observing import furnish, observe, options_of
+from tests.e2e.options.cases import LEVELS, ON_DISK, cases_of, filled
+from tests.e2e.options.observing import furnish, observe, options_of, tidy
 from tests.e2e.options.serving import observe_batches
 
 
@@ -33,9 +33,12 @@ def acts_or_is_refused(places, shared, monkeypatch, tmp_path):
     def seen(run, out, options, level="whole"):
         known = {key: value for key, value in options.items() if key in options_of(run)}
         filled_in = {key: filled(value, folder=places, run=run, out=out) for key, value in known.items()}
-        if level == "batches":
-            return observe_batches(run, places, monkeypatch, out, filled_in)
-        return observe(run, places, monkeypatch, out, filled_in, rehearsed=level == "rehearsal")
+        try:
+            if level == "batches":
+                return observe_batches(run, places, monkeypatch, out, filled_in)
+            return observe(run, places, monkeypatch, out, filled_in, rehearsed=level == "rehearsal")
+        finally:
+            tidy(places)
 
     def once(key, *arguments):
         if key not in shared:
@@ -57,10 +60,10 @@ def acts_or_is_refused(places, shared, monkeypatch, tmp_path):
             return True  # the option is what makes the rest possible
         return case.look(with_option) != case.look(without)
 
-    def check(run, name):
+    def check(run, name, case=None):
         if not (places / f"first-{run}").exists():
-            seen(run, f"first-{run}", {"save_state": True})
-        case = cases_of(run)[name]
+            seen(run, f"first-{run}", {"save_state": True, **ON_DISK, "cache_dir": "{folder}/{run}/cache"})
+        case = case or cases_of(run)[name]
         try:
             acts = any(shows(run, name, case, level) for level in LEVELS[LEVELS.index(case.level) :])
         except UserError as error:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.e2e.options.cases import cases_of
+from tests.e2e.options.cases import Case, cases_of
 from tests.e2e.options.elsewhere import ELSEWHERE
-from tests.e2e.options.observing import options_of
+from tests.e2e.options.observing import BASE, options_of
 
 RUN = "sdxl_train_textual_inversion"
 
@@ -13,6 +13,12 @@ RUN = "sdxl_train_textual_inversion"
 @pytest.mark.parametrize("name", [name for name in options_of(RUN) if name not in ELSEWHERE])
 def test_option_acts_or_is_refused(acts_or_is_refused, name):
     acts_or_is_refused(RUN, name)
+
+
+@pytest.mark.e2e
+def test_a_value_that_changes_nothing_is_found(acts_or_is_refused):
+    with pytest.raises(AssertionError, match="seed = 3 changes nothing"):
+        acts_or_is_refused(RUN, "seed", Case(BASE["seed"]))
 
 
 def test_every_option_has_one_case():
