@@ -37,6 +37,7 @@ def load_foreign(
             fix="choose a file made for SDXL, with that module",
         )
     network.set_multiplier(strength)
+    device, dtype = bundle.unet.device, bundle.unet.dtype  # each is a walk over the whole U-Net: not once a unit
     for module_of_it in (network, *network.units):  # the modules are not registered before it is attached
-        module_of_it.to(device=bundle.unet.device, dtype=bundle.unet.dtype).eval().requires_grad_(False)
+        module_of_it.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return network

@@ -25,12 +25,13 @@ def _flat(name, value):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 3)])
-def test_thirteen_steps_and_seventeen_resumed_equal_thirty(train, workers, accumulation):
+@pytest.mark.parametrize(("workers", "accumulation", "steps", "first"), [(0, 1, 30, 13), (2, 3, 10, 4)])
+def test_first_steps_and_resumed_rest_equal_all_steps(train, workers, accumulation, steps, first):
     flags = [
-        "--max_train_steps=30",
+        f"--max_train_steps={steps}",
         f"--gradient_accumulation_steps={accumulation}",
         f"--max_data_loader_n_workers={workers}",
+        *(["--persistent_data_loader_workers"] if workers else []),
         "--network_dropout=0.1",
         "--caption_dropout_rate=0.3",
         "--shuffle_caption",
@@ -39,17 +40,17 @@ def test_thirteen_steps_and_seventeen_resumed_equal_thirty(train, workers, accum
         "--lr_warmup_steps=5",
         "--save_state",
     ]
-    whole = train("whole", *flags, "--save_every_n_steps=13")
+    whole = train("whole", *flags, f"--save_every_n_steps={first}")
     copy_log(whole, whole.parent / "resumed")
-    resumed = train("resumed", *flags, f"--resume={whole / 'net-step00000013-state'}")
+    resumed = train("resumed", *flags, f"--resume={whole / f'net-step{first:08d}-state'}")
 
     expected, got = state_tensors(whole / "net-state"), state_tensors(resumed / "net-state")
     assert expected.keys() == got.keys() and len(expected) > 1000
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    first, second = load_file(whole / "net.safetensors"), load_file(resumed / "net.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    once, twice = load_file(whole / "net.safetensors"), load_file(resumed / "net.safetensors")
+    assert all(torch.equal(once[name], twice[name]) for name in once)
     assert log_of(whole) == log_of(resumed)
-    assert [record["step"] for record in log_of(resumed)] == list(range(1, 31))
+    assert [record["step"] for record in log_of(resumed)] == list(range(1, steps + 1))
 
 
 @pytest.mark.e2e

@@ -46,11 +46,21 @@ def files(bundle, tmp_path_factory):
     return {name: str(folder / f"{name}.safetensors") for name in ("1", "2", "k")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def drawn(bundle, files):
-    """drawn("1k", [muls or None, ...], **options): pictures of a fresh copy of the model, as int16 arrays."""
+    """drawn("1k", [muls or None, ...], **options): pictures of a fresh copy of the model, as int16 arrays.
+
+    What was drawn before is not drawn again.
+    """
+    known = {}
 
     def draw(names, muls=(None,), **options):
+        key = repr((names, muls, options))
+        if key not in known:
+            known[key] = anew(names, muls, **options)
+        return known[key]
+
+    def anew(names, muls, **options):
         own = copy.copy(bundle)
         own.unet, own.text_encoder_1, own.text_encoder_2 = map(
             copy.deepcopy, (bundle.unet, bundle.text_encoder_1, bundle.text_encoder_2)
