@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
     from library.config.tokens import PivotalOptions, TokenOptions
+    from library.config.unet_effects import UNetEffectOptions
 
 DEFAULT = "default"
 
@@ -57,6 +58,7 @@ class RunConfig:
     ema: EmaOptions
     generate: GenerateOptions
     img2img: Img2ImgOptions
+    unet_effects: UNetEffectOptions
     admin: AdminOptions
     report: ReportOptions
 

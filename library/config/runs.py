@@ -22,6 +22,7 @@ from library.config.preview import PreviewOptions
 from library.config.report import ReportOptions
 from library.config.save import SaveOptions
 from library.config.tokens import PivotalOptions, TokenOptions
+from library.config.unet_effects import UNetEffectOptions
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ RUNS: dict[str, Run] = {
             "sdxl_gen_img",
             "sdxl_gen_img.py",
             "Draw pictures from prompts.",
-            {"generate": GenerateOptions, "img2img": Img2ImgOptions},
+            {"generate": GenerateOptions, "img2img": Img2ImgOptions, "unet_effects": UNetEffectOptions},
             frozenset("Gg"),
         ),
     )

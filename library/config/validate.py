@@ -21,6 +21,7 @@ from library.config.rules import (  # noqa: F401 (each registers its rules)
     preview,
     save,
     tokens,
+    unet_effects,
 )
 from library.config.rules.rule import RULES
 from library.config.run_config import RunConfig

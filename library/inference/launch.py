@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library.inference.decoding import decoded
+from library.inference.deep_shrink import Shrinking
+from library.inference.effect_checks import check_effects
 from library.inference.followers import Follower
 from library.inference.highres import enlarged, first_stage, second_stage
 from library.inference.network_set import at_strengths
@@ -71,10 +73,11 @@ def generate(
     A picture's noise depends on its seed alone, and on a CPU so do all of its bits (batch_invariance.py). On a GPU its
     numbers can differ in the last bits with the size of the batch it is drawn in, since matrix products do.
     """
+    check_effects(requests, bundle)
     if not isinstance(conditioning, Conditioning):
         form = conditioning or TextForm()
         conditioning = encode_requests(bundle, requests, device=device, text_form=form, networks=networks)
-    requests = with_seeds(requests)
+    requests, followers = with_seeds(requests), [*followers, Shrinking(bundle.unet)]
     total, at_once = sum(num_steps(request) for request in requests), vae_batch_size or batch_size
     with (
         _on(device, bundle.unet, bundle.vae),

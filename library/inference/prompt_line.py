@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from library.errors import Problem, UserError
+from library.inference.effect_options import EFFECT_OPTIONS, effects_that_cannot_act
 from library.inference.prompt_source import PromptLine
 from library.inference.request import AND, CELL, MAX_SIDE, MAX_STEPS, SEED_END, SMALLEST_SIDE, GenRequest, split_and
 from library.log import get_logger
@@ -170,13 +171,11 @@ _GENERATOR_OPTIONS: dict[str, tuple[str, Change]] = {
     "c": (_TEXT, put("clip_prompt", str)),
     "f": (_TEXT, put("name", _file_name)),
     "am": (rf"{_FLOAT}(?:,\s*{_FLOAT})*,?", _muls),
+    **EFFECT_OPTIONS,
 }
-_SHRINK, _GRADUAL = "cannot act: Deep Shrink is not supported yet", "cannot act: Gradual Latent is not supported yet"
 _FOREIGN = "is for other models, and SDXL has no use for it"
 _SAMPLES_ONLY = "is an option of the sample prompts of training"
 _GENERATOR_REFUSED = {
-    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _SHRINK),
-    **dict.fromkeys(("glt", "glr", "gle", "gls", "glsn", "glus"), _GRADUAL),
     "ss": f"{_SAMPLES_ONLY}; here --sampler of the command line sets it",
     "cn": f"{_SAMPLES_ONLY}; here --guide_image_path of the command line names them",
     **dict.fromkeys(("g", "ctr", "rcfg", "fs"), _FOREIGN),
@@ -278,6 +277,10 @@ def _without_effect(source: PromptLine, request: GenRequest) -> Iterator[Problem
         if place:
             what = f"--nl cannot act: there is no guidance at scale {request.scale:g}"
             yield shown.problem(what, place.end() - 4, place.end(), fix="remove it, or set a scale above 1 with --l")
+    for names, what, fix in effects_that_cannot_act(request):
+        place = re.search(rf"(?:^| )(--(?:{names}))\b", text, re.IGNORECASE)
+        if place:
+            yield shown.problem(f"{place[1]} cannot act: {what}", place.start(1), place.end(1), fix=fix)
 
 
 def warn_of_generator_syntax(prompt: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from library.inference.effects import NO_GROWTH, NO_SHRINKING, DeepShrink, GradualLatent
 from library.sizes import Size
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class GenRequest:
     meaning as loaded. control: paths of the control images. seeds: what `--d` gave for the pictures of this prompt.
     image: the picture that is drawn over, and mask: where (white is drawn anew; None: everywhere), paths or pictures;
     strength: the share of the steps that is done then, None meaning 0.8. highres: how the picture is drawn in two
-    sizes, None: in one; stage: "0" for the smaller picture and "1" for the whole one, then. clip_prompt is only written
-    into the picture's file; name is that file's. raw: the whole line, its choices made.
+    sizes, None: in one; stage: "0" for the smaller picture and "1" for the whole one, then. deep_shrink, gradual_latent:
+    off unless they say otherwise. clip_prompt is only written into the picture's file; name is that file's. raw: the
+    whole line, its choices made.
     """
 
     prompt: str = ""
@@ -92,6 +94,8 @@ class GenRequest:
     strength: float | None = None
     highres: HighresFix | None = None
     stage: str = ""
+    deep_shrink: DeepShrink = NO_SHRINKING
+    gradual_latent: GradualLatent = NO_GROWTH
     seeds: tuple[int, ...] = ()
     clip_prompt: str = ""
     name: str = ""

@@ -9,6 +9,7 @@ import torch
 
 from library.errors import UserError
 from library.inference.controls import Controls, check_models, guide_images, load_controls, with_guides
+from library.inference.effect_checks import check_effects
 from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
@@ -96,6 +97,7 @@ class _Studio:
         self.number += len(requests)
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
         _check_samplers(requests, self.bundle)
+        check_effects(requests, self.bundle)
         form = TextForm("generate", options.max_embeddings_multiples or 1)
         conditioning = encode_requests(self.bundle, requests, text_form=form, networks=self.networks)
         drawn = generate(

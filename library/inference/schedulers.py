@@ -127,15 +127,20 @@ class EulerAncestralScheduler(diffusers.EulerDiscreteScheduler):
 
     eta = 1.0
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None) -> Any:
-        """One step from sigma_i to sigma_(i+1)."""
-        euler = super().step(model_output, timestep, sample)
+    def towards(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> tuple[Any, float]:
+        """The result of a step, whose prev_sample has no noise yet, and the deviation of its noise."""
+        result = super().step(model_output, timestep, sample)
         here, there = self.sigmas[self.step_index - 1 : self.step_index + 1].tolist()
         down, up = ancestral_step(here, there, eta=self.eta)
-        noise = _noise_like(sample, generator)
-        x0 = euler.pred_original_sample
-        euler.prev_sample = x0 + (sample - x0) * (down / here) + noise * up
-        return euler
+        x0 = result.pred_original_sample
+        result.prev_sample = x0 + (sample - x0) * (down / here)
+        return result, up
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None) -> Any:
+        """One step from sigma_i to sigma_(i+1)."""
+        result, up = self.towards(model_output, timestep, sample)
+        result.prev_sample = result.prev_sample + _noise_like(sample, generator) * up
+        return result
 
 
 class DpmppSdeScheduler(diffusers.EulerDiscreteScheduler):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.config.key_values import split_pairs
+from library.config.unsharp import parse_unsharp
 from library.errors import UserError
+from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.highres import load_upscaler
 from library.inference.request import OPEN, GenRequest, HighresFix
 from library.inference.source_pictures import picture_files
@@ -14,6 +16,7 @@ from library.sizes import Size
 
 if TYPE_CHECKING:
     from library.config.run_config import RunConfig
+    from library.config.unet_effects import UNetEffectOptions
 
 
 def defaults_of(cfg: RunConfig) -> GenRequest:
@@ -29,7 +32,30 @@ def defaults_of(cfg: RunConfig) -> GenRequest:
         guidance_rescale=options.guidance_rescale,
         strength=over.strength,
         highres=_highres(cfg) if over.highres_fix_scale else None,
+        **_effects(cfg.unet_effects),
     )
+
+
+def _effects(options: UNetEffectOptions) -> dict[str, Any]:
+    """The fields of a request that say what happens to sizes while it is drawn."""
+    unsharp = options.gradual_latent_unsharp_params
+    return {
+        "deep_shrink": DeepShrink(
+            depth_1=options.ds_depth_1,
+            timesteps_1=options.ds_timesteps_1,
+            depth_2=options.ds_depth_2,
+            timesteps_2=options.ds_timesteps_2,
+            ratio=options.ds_ratio,
+        ),
+        "gradual_latent": GradualLatent(
+            timesteps=options.gradual_latent_timesteps,
+            ratio=options.gradual_latent_ratio,
+            ratio_step=options.gradual_latent_ratio_step,
+            every_n_steps=options.gradual_latent_every_n_steps,
+            s_noise=options.gradual_latent_s_noise,
+            unsharp=None if unsharp is None else parse_unsharp(unsharp),
+        ),
+    }
 
 
 def _highres(cfg: RunConfig) -> HighresFix:

@@ -13,7 +13,9 @@ from library.diffusion.conditioning import TextCond
 from library.errors import UserError
 from library.inference.batch_invariance import batch_invariant
 from library.inference.denoise import denoise
+from library.inference.effects import Cells
 from library.inference.followers import Follower, UNetCall, all_on
+from library.inference.gradual_latent import GradualScheduler
 from library.inference.guidance import Branch, Guidance, guided
 from library.inference.img2img import Init, init_noise, num_timesteps
 from library.inference.request import CELL, MAX_SEED, STRENGTH, GenRequest
@@ -53,6 +55,9 @@ class Stage:
         shape = (self.bundle.unet.config.in_channels, first.size.h // CELL, first.size.w // CELL)
         noise = start_noise(generators, shape).to(device)
         init, steps = None, first.steps
+        if first.gradual_latent.is_on and init_BChw is None:  # what is drawn over has its composition already
+            scheduler = GradualScheduler(scheduler, first.gradual_latent, full=Cells(*shape[1:]))
+            noise = scheduler.begin(noise)
         calls = len(scheduler.timesteps)  # two-stage samplers ask the model twice a step
         if init_BChw is not None:
             check_steps(first)

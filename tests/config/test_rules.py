@@ -290,6 +290,29 @@ GENERATOR_CASES = [
     ("control_images_and_networks_go_together", {"guide_image_path": [__file__]}, "guide_image_path cannot act"),
     ("control_images_and_networks_go_together", {"control_net_ratios": [0.5]}, "control_net_ratios has more values"),
     ("control_images_and_networks_go_together", {"control_net_multipliers": [0.5]}, "control_net_multipliers has more"),
+    ("deep_shrink_can_act", {"ds_ratio": 0.4}, "ds_ratio cannot act without ds_depth_1"),
+    (
+        "deep_shrink_can_act",
+        {"ds_depth_1": 3, "ds_depth_2": 4},
+        "from ds_timesteps_1 (650) down to ds_timesteps_2 (650)",
+    ),
+    ("deep_shrink_can_act", {"ds_depth_1": 3, "ds_timesteps_2": 400}, "ds_timesteps_2 cannot act without ds_depth_2"),
+    ("gradual_latent_can_act", {"gradual_latent_ratio": 0.4}, "cannot act without gradual_latent_timesteps"),
+    (
+        "gradual_latent_can_act",
+        {"gradual_latent_timesteps": 650},
+        "cannot act with ddim: Gradual Latent is for euler_a",
+    ),
+    (
+        "gradual_latent_can_act",
+        {"gradual_latent_s_noise": 0.4, "prompt": "a --glt 3", "sampler": "heun"},
+        "gradual_latent_s_noise cannot act with heun",
+    ),
+    (
+        "gradual_latent_can_act",
+        {"gradual_latent_timesteps": 650, "sampler": "euler_a", "image_path": __file__},
+        "Gradual Latent begins with noise",
+    ),
     ("networks_are_merged_or_live", {"network_merge": True}, "no network to act on"),
     ("networks_are_merged_or_live", {"network_pre_calc": True}, "no network to act on"),
     ("networks_are_merged_or_live", {"network_show_meta": True}, "no network to act on"),
@@ -685,3 +708,25 @@ def test_scales_of_guidance_that_act_on_no_prompt_are_announced():
         "guidance_rescale",
     ]
     assert make_config("sdxl_gen_img", **base).notices == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ds_depth_1": 0, "ds_ratio": 0.4},
+        {"ds_ratio": 0.4, "prompt": "a --DSD1 3"},
+        {"ds_ratio": 0.4, "ds_depth_2": 4, "from_file": __file__},
+        {"ds_depth_1": 3, "ds_depth_2": 4, "ds_timesteps_2": 300},
+        {"ds_depth_1": 3, "ds_depth_2": 4, "prompt": "a --dst2 300"},
+        {"gradual_latent_timesteps": 500, "sampler": "k_euler_a", "gradual_latent_unsharp_params": "3,0.5,0.5"},
+        {"gradual_latent_ratio": 0.4, "prompt": "a --gle 3", "sampler": "euler_a_karras"},
+        {"gradual_latent_s_noise": 0.4, "interactive": True, "sampler": "euler_a"},
+    ],
+)
+def test_effects_that_prompts_may_ask_for_are_no_mistake(changes):
+    make_config("sdxl_gen_img", **{"ckpt": "tiny", "prompt": "a cat", **changes})
+
+
+def test_unsharp_parameters_are_read_at_once():
+    with pytest.raises(UserError, match="must begin with an odd number of cells"):
+        make_config("sdxl_gen_img", ckpt="tiny", prompt="a", gradual_latent_unsharp_params="2,1,1")

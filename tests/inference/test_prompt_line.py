@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from library.config.unsharp import Unsharp
 from library.errors import UserError
+from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.prompt_line import parse_line, parse_sample_line, seeds_of
 from library.inference.prompt_source import PromptLine, caret, file_lines, prompt_lines
 from library.inference.request import OPEN, GenRequest, split_and, with_open_sides
@@ -54,6 +56,9 @@ def parsed(line: str) -> dict[str, object]:
         ("a cat --c a dog", {"prompt": "a cat", "clip_prompt": "a dog"}),
         ("a cat --f My cat", {"prompt": "a cat", "name": "My cat.png"}),
         ("a cat --f v1.5.PNG", {"prompt": "a cat", "name": "v1.5.PNG"}),
+        ("a cat --dsd1 0", {"prompt": "a cat", "deep_shrink": DeepShrink(0)}),
+        ("a cat --dsr .6", {"prompt": "a cat", "deep_shrink": DeepShrink(3, ratio=0.6)}),
+        ("a --dst2 300 --dsd2 4 --dst1 700 --dsd1 2", {"prompt": "a", "deep_shrink": DeepShrink(2, 700, 4, 300)}),
         ("a cat --w 512, --h 640", {"prompt": "a cat", "size": Size(512, 640)}),
         ("a cat -- w 512", {"prompt": "a cat", "size": Size(512, 768)}),
         ("a {cat} __x__", {"prompt": "a {cat} __x__"}),
@@ -65,12 +70,35 @@ def test_options_of_a_line(line, wanted):
     assert parsed(line) == wanted
 
 
+def test_gradual_latent_of_a_line():
+    start = replace(DEFAULTS, sampler="euler_a_karras")
+    assert parse_line("a --gle 2", start).gradual_latent == GradualLatent(650, every_n_steps=2)
+    line = "a --glr 0.4 --gls 1 --glsn 0.5 --glus 3, 0.5,0.5,0 --glt 500"
+    wanted = GradualLatent(500, 0.4, 1.0, 3, 0.5, Unsharp(3, 0.5, 0.5, False))
+    assert parse_line(line, start).gradual_latent == wanted
+
+
+def test_effects_of_the_command_line_are_where_a_line_starts():
+    start = replace(DEFAULTS, sampler="euler_a", deep_shrink=DeepShrink(ratio=0.4), gradual_latent=GradualLatent(300))
+    assert not parse_line("a", start).deep_shrink.is_on
+    assert parse_line("a --dst1 700", start).deep_shrink == DeepShrink(3, 700, ratio=0.4)
+    assert parse_line("a --glr 0.7", start).gradual_latent == GradualLatent(300, 0.7)
+    on = replace(start, deep_shrink=DeepShrink(1))
+    assert parse_line("a", on).deep_shrink == DeepShrink(1) and parse_line("a --dsr 0.3", on).deep_shrink.depth_1 == 1
+
+
 @pytest.mark.parametrize(
     ("line", "marked", "words", "fix"),
     [
         ("a --t 1.5", "1.5", "--t 1.5: the value must be above 0 and at most 1", ""),
-        ("a --dsd1 3", "--dsd1 3", "cannot act: Deep Shrink is not supported yet", "remove it"),
-        ("a --GLT 400", "--GLT 400", "cannot act: Gradual Latent is not supported yet", "remove it"),
+        ("a --GLT 400 --w 64", "--GLT", "--GLT cannot act: Gradual Latent is for euler_a, not for euler", "euler_a"),
+        ("a --dst2 400", "--dst2", "--dst2 cannot act: there is no second depth", "--dsd2"),
+        ("a --dsd2 4 --w 64", "--dsd2", "acts from timestep 650 down to 650, so never", "--dst2"),
+        ("a --dsd1 9", "9", "must lie between 0 and 8", ""),
+        ("a --dsr 1", "1", "must lie above 0 and below 1", ""),
+        ("a --gls 1.5", "1.5", "must lie above 0 and not above 1", ""),
+        ("a --glsn 11", "11", "must lie between 0 and 10", ""),
+        ("a --glus 4,1,1", "4,1,1", "must begin with an odd number", ""),
         ("a --ss euler", "--ss euler", "is an option of the sample prompts of training; here --sampler", "remove"),
         ("a --cn x.png", "--cn x.png", "here --guide_image_path", "remove it"),
         ("a --fs 3", "--fs 3", "is for other models", "remove it"),

@@ -197,7 +197,7 @@ def test_mistakes_in_prompts_are_found_before_the_model_is_loaded(tmp_path, caps
     assert sdxl_gen_img.main(argv.split()) == 2
     printed = capsys.readouterr().err
     assert "2 problems" in printed and f"{prompts} line 4" in printed and f"{prompts} line 5" in printed
-    assert "\n    b --glt 3\n      ^^^^^^^\n" in printed and "there is no wildcard file" in printed
+    assert "\n    b --glt 3\n      ^^^^^\n" in printed and "there is no wildcard file" in printed
 
 
 def test_pictures_are_drawn_over_and_in_two_sizes(tmp_path, capsys):
