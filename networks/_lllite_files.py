@@ -38,7 +38,7 @@ def refuse_other_kinds(names: Collection[str], *, where: str) -> None:
     elif first.startswith(("model.", "conditioner.", "first_stage_model.")):
         kind, fix = ": it is a whole checkpoint", "give it as the model"
     elif first.startswith(("controlnet_", "control_model.", "down_blocks.", "input_hint_block.")):
-        kind, fix = ": it is a ControlNet, which is a network of another kind", "choose a ControlNet-LLLite"
+        kind, fix = ": it is a ControlNet, which is a network of another kind", "give it as control_net_models"
     raise UserError(f"this is no ControlNet-LLLite{kind} (the first other tensor: {first})", where, fix)
 
 

@@ -111,14 +111,16 @@ class GenerateOptions(ConsoleOptions):
     control_net_lllite_models: tuple[str, ...] = option(
         (), "ControlNet-LLLite files, which make pictures follow control images", path=True
     )
-    control_net_multipliers: tuple[float, ...] = option((), "their strengths (unset: 1.0 each)")
+    control_net_multipliers: tuple[float, ...] = option(
+        (), "strengths of the LLLites and then of the ControlNets (unset: 1.0 each)"
+    )
     control_net_ratios: tuple[float, ...] = option(
         (), "the share of the steps, from the first on, in which each of them acts (unset: 1.0 each)"
     )
     guide_image_path: tuple[str, ...] = option(
         (),
         "control images, files or folders, for one picture after the other and then from the first again; with several "
-        "control_net_lllite_models each picture takes one for each",
+        "networks each picture takes one for each, those of control_net_lllite_models first",
         path=True,
     )
     sdpa: bool = option(False, "PyTorch's scaled-dot-product attention, which is also the default")

@@ -9,6 +9,7 @@ from library.config.fields import Group
 
 if TYPE_CHECKING:
     from library.config.admin import AdminOptions
+    from library.config.control_net import ControlNetOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
     from library.config.evaluation import EmaOptions, ValidationOptions
@@ -57,6 +58,7 @@ class RunConfig:
     validation: ValidationOptions
     ema: EmaOptions
     generate: GenerateOptions
+    control_net: ControlNetOptions
     img2img: Img2ImgOptions
     unet_effects: UNetEffectOptions
     admin: AdminOptions

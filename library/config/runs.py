@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.config.admin import AdminOptions
+from library.config.control_net import ControlNetOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
 from library.config.evaluation import EmaOptions, ValidationOptions
@@ -75,6 +76,13 @@ _FULL: dict[str, type[Group]] = {**_SHARED, "finetune": FinetuneOptions}
 _LLLITE: dict[str, type[Group]] = {**_SHARED, "lllite": LlliteOptions}
 _TRAINING: dict[str, type[Group]] = {**_NETWORK, **_FULL, "lllite": ConditionOptions}
 
+_DRAWING: dict[str, type[Group]] = {
+    "generate": GenerateOptions,
+    "control_net": ControlNetOptions,
+    "img2img": Img2ImgOptions,
+    "unet_effects": UNetEffectOptions,
+}
+
 # The tools accept the trainers' options because users give them a trainer's TOML file; the `acts` of each
 # option says which of them have an effect there.
 RUNS: dict[str, Run] = {
@@ -128,7 +136,7 @@ RUNS: dict[str, Run] = {
             "sdxl_gen_img",
             "sdxl_gen_img.py",
             "Draw pictures from prompts.",
-            {"generate": GenerateOptions, "img2img": Img2ImgOptions, "unet_effects": UNetEffectOptions},
+            _DRAWING,
             frozenset("Gg"),
         ),
     )

@@ -16,19 +16,21 @@ import torch
 from library.errors import UserError
 from library.inference.adapters import unet_root
 from library.inference.followers import BeforeCall, UNetCall
-from library.inference.request import GenRequest
+from library.inference.request import CELL, GenRequest
 from library.inference.source_pictures import picture_files, picture_pixels
 from library.io.images import read_size
 from library.io.safetensors_file import TensorReader
 from library.log import get_logger
 from library.models.assemble import empty_module
 from library.models.bundle import ModelBundle
+from library.sizes import Size
 from networks import control_net_lllite
 from networks._lllite_files import sizes_of
 from networks.control_net_lllite import LLLiteNetwork
 
 if TYPE_CHECKING:
     from library.config.generate import GenerateOptions
+    from library.config.run_config import RunConfig
     from library.models.arch import SdxlArch
 
 logger = get_logger(__name__)
@@ -43,49 +45,56 @@ class Control:
 
 
 class Controls:
-    """The networks of a run, in order; each request has one control image for each of them, or none at all."""
+    """The networks of a run, in order; the first control images of a request are theirs, or it has none at all."""
 
     def __init__(self, controls: Sequence[Control]) -> None:
         self.controls = tuple(controls)
 
     @contextmanager
-    def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[BeforeCall]:
+    def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[BeforeCall | None]:
         """Condition the networks on the images of a batch whose requests are all of one size.
 
-        Each is embedded once. A network of ratio r is switched off before call i (from 0) when r < i / calls.
+        Each is embedded once for a size of the latents. A network of ratio r is switched off before call i (from 0)
+        when r < i / calls.
         """
+        embedded_at: Size | None = None  # Gradual Latent changes it
 
         def before_call(call: UNetCall) -> None:
-            for control in self.controls:
+            nonlocal embedded_at
+            size = Size(call.x_BChw.shape[-1] * CELL, call.x_BChw.shape[-2] * CELL)
+            for index, control in enumerate(self.controls):
                 if control.ratio < call.number / call.of:
                     control.network.set_condition(None)
+                elif size != embedded_at:
+                    images = [picture_pixels(request.control[index], size) for request in batch]
+                    control.network.set_condition(torch.stack(images).to(device))
+            embedded_at = size
 
+        count = sum(bool(request.control) for request in batch)
+        assert count in (0, len(batch)), "requests with and without control images share no batch"
         try:
-            for index, control in enumerate(self.controls):
-                images = [picture_pixels(request.control[index], request.size) for request in batch if request.control]
-                assert len(images) in (0, len(batch)), "requests with and without control images share no batch"
-                control.network.set_condition(torch.stack(images).to(device) if images else None)
-            yield before_call
+            yield before_call if count else None
         finally:
             for control in self.controls:
                 control.network.set_condition(None)
 
 
-def guide_images(options: GenerateOptions) -> list[tuple[str, ...]]:
-    """The control images of one picture after the other, one for each network; [] without networks.
+def guide_images(cfg: RunConfig) -> list[tuple[str, ...]]:
+    """The control images of one picture after the other, one for each LLLite and then for each ControlNet; [] without.
 
     A folder stands for its images, by name. Raises UserError for files that are no images, an empty folder, and a
     number of images that the networks do not share out evenly.
     """
-    count = len(options.control_net_lllite_models)
+    count = len(cfg.generate.control_net_lllite_models) + len(cfg.control_net.control_net_models)
     if not count:
         return []
-    paths = picture_files(options.guide_image_path, option="guide_image_path")
+    paths = picture_files(cfg.generate.guide_image_path, option="guide_image_path")
     if len(paths) % count:
         raise UserError(
             f"{len(paths)} control images cannot be shared out among {count} networks",
             where="guide_image_path",
-            fix=f"name {count} images for each picture, in the order of control_net_lllite_models",
+            fix=f"name {count} images for each picture, in the order of control_net_lllite_models and then "
+            "control_net_models",
         )
     return [tuple(paths[start : start + count]) for start in range(0, len(paths), count)]
 

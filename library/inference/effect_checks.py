@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from library.config.choices import split_sampler
 from library.errors import UserError
+from library.inference.controls import Controls
 from library.inference.deep_shrink import count_blocks
 from library.inference.effects import Cells, skip_sizes
+from library.inference.followers import Follower
 from library.inference.highres import first_stage
 from library.inference.request import CELL, GenRequest
 from library.inference.samplers import make_scheduler
@@ -15,7 +17,7 @@ from library.models.bundle import ModelBundle
 logger = get_logger(__name__)
 
 
-def check_effects(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
+def check_effects(requests: Sequence[GenRequest], bundle: ModelBundle, followers: Sequence[Follower] = ()) -> None:
     """Raise UserError for pictures that cannot have Deep Shrink or Gradual Latent; warn of a shrink that never acts."""
     drawn = [request for request in requests if request.deep_shrink.is_on or request.gradual_latent.is_on]
     drawn = [request if request.highres is None else first_stage(request) for request in drawn]
@@ -23,6 +25,9 @@ def check_effects(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
         full = Cells(request.size.h // CELL, request.size.w // CELL)
         if request.gradual_latent.is_on:
             full = _check_gradual(request, bundle, full)
+        if request.deep_shrink.is_on and any(isinstance(one, Controls) and one.controls for one in followers):
+            fix = "leave one of them out; ControlNets (control_net_models) go with it"
+            raise UserError("a LLLite does not fit the maps that Deep Shrink makes", request.raw or "deep_shrink", fix)
         if request.deep_shrink.is_on:
             _check_shrink(request, bundle, full)
 

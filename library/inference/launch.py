@@ -73,7 +73,7 @@ def generate(
     A picture's noise depends on its seed alone, and on a CPU so do all of its bits (batch_invariance.py). On a GPU its
     numbers can differ in the last bits with the size of the batch it is drawn in, since matrix products do.
     """
-    check_effects(requests, bundle)
+    check_effects(requests, bundle, followers)
     if not isinstance(conditioning, Conditioning):
         form = conditioning or TextForm()
         conditioning = encode_requests(bundle, requests, device=device, text_form=form, networks=networks)

@@ -66,9 +66,9 @@ class GenRequest:
     meaning as loaded. control: paths of the control images. seeds: what `--d` gave for the pictures of this prompt.
     image: the picture that is drawn over, and mask: where (white is drawn anew; None: everywhere), paths or pictures;
     strength: the share of the steps that is done then, None meaning 0.8. highres: how the picture is drawn in two
-    sizes, None: in one; stage: "0" for the smaller picture and "1" for the whole one, then. deep_shrink, gradual_latent:
-    off unless they say otherwise. clip_prompt is only written into the picture's file; name is that file's. raw: the
-    whole line, its choices made.
+    sizes, None: in one; stage: "0" for the smaller picture and "1" for the whole one, then. deep_shrink and
+    gradual_latent: off unless they say otherwise. clip_prompt is only written into the picture's file; name is that
+    file's. raw: the whole line, its choices made.
     """
 
     prompt: str = ""

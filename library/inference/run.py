@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import UserError
-from library.inference.controls import Controls, check_models, guide_images, load_controls, with_guides
+from library.inference.control_nets import check_control_nets, load_control_nets
+from library.inference.controls import check_models, guide_images, load_controls, with_guides
 from library.inference.effect_checks import check_effects
 from library.inference.embeddings import add_words, check_words, read_words
+from library.inference.followers import Follower
 from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import encode_requests, generate
@@ -59,15 +61,17 @@ def run(cfg: "RunConfig") -> list[Path]:
     sources = sources_of(cfg)
     check_strengths_act(pictures, sources[0])
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
-    guides = guide_images(options)
+    guides = guide_images(cfg)
     arch = read_arch(options.ckpt)
     check_models(options, arch)
+    check_control_nets(cfg, arch)
     if arch is not None:
         check_words(words, arch)
     bundle = _load(cfg)
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
     controls, networks = load_controls(bundle, options), load_set(bundle, options)
-    studio = _Studio(bundle, options, controls, networks, guides, sources, writer)
+    followers = [controls, load_control_nets(bundle, cfg)]
+    studio = _Studio(bundle, options, followers, networks, guides, sources, writer)
     add_words(bundle, words)
     studio.draw(pictures)
     if options.interactive:
@@ -81,7 +85,7 @@ class _Studio:
 
     bundle: ModelBundle
     options: "GenerateOptions"
-    controls: Controls
+    followers: Sequence[Follower]
     networks: Sequence[Any]
     guides: Sequence[tuple[str, ...]]
     sources: tuple[Sequence[str], Sequence[str]]
@@ -97,7 +101,7 @@ class _Studio:
         self.number += len(requests)
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
         _check_samplers(requests, self.bundle)
-        check_effects(requests, self.bundle)
+        check_effects(requests, self.bundle, self.followers)
         form = TextForm("generate", options.max_embeddings_multiples or 1)
         conditioning = encode_requests(self.bundle, requests, text_form=form, networks=self.networks)
         drawn = generate(
@@ -107,7 +111,7 @@ class _Studio:
             vae_batch_size=_vae_batch_size(options),
             conditioning=conditioning,
             networks=self.networks,
-            followers=[self.controls],
+            followers=self.followers,
         )
         if requests:
             logger.info("drawing %d pictures with %s", len(requests), options.ckpt)

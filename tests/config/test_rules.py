@@ -4,7 +4,9 @@ import pytest
 
 from library.config import validate
 from library.config.cli import make_config, parse
+from library.config.conditions import Settings
 from library.config.dataset_file import dataset_specs
+from library.config.preps import Prep, parse_prep
 from library.config.runs import RUNS
 from library.errors import UserError
 
@@ -286,6 +288,17 @@ GENERATOR_CASES = [
         "control_images_and_networks_go_together",
         {"control_net_lllite_models": [__file__]},
         "control_net_lllite_models have no control image",
+    ),
+    (
+        "control_images_and_networks_go_together",
+        {"control_net_models": [__file__]},
+        "control_net_models have no control image",
+    ),
+    ("control_images_and_networks_go_together", {"control_net_preps": ["canny"]}, "control_net_preps has more values"),
+    (
+        "lllites_see_whole_maps",
+        {"control_net_lllite_models": [__file__], "guide_image_path": [__file__], "ds_depth_1": 3},
+        "a LLLite does not fit the maps",
     ),
     ("control_images_and_networks_go_together", {"guide_image_path": [__file__]}, "guide_image_path cannot act"),
     ("control_images_and_networks_go_together", {"control_net_ratios": [0.5]}, "control_net_ratios has more values"),
@@ -730,3 +743,27 @@ def test_effects_that_prompts_may_ask_for_are_no_mistake(changes):
 def test_unsharp_parameters_are_read_at_once():
     with pytest.raises(UserError, match="must begin with an odd number of cells"):
         make_config("sdxl_gen_img", ckpt="tiny", prompt="a", gradual_latent_unsharp_params="2,1,1")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("none", None),
+        ("canny", Prep("canny", Settings(low=63, high=191))),
+        ("Canny_30", Prep("canny", Settings(low=30, high=191))),
+        ("canny_30_90", Prep("canny", Settings(low=30, high=90))),
+        ("palette", Prep("palette", Settings())),
+    ],
+)
+def test_preparations_of_control_images(text, wanted):
+    assert parse_prep(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cannyx", "canny_", "canny_a", "canny_1_2_3", "canny_-1", "soft_1", "none_1", "depth"]
+)
+def test_unknown_preparations_are_refused_with_the_known_ones(text):
+    with pytest.raises(ValueError, match=r"there are none, canny, canny_<low>_<high>, soft|no whole number, as in"):
+        parse_prep(text)
+    with pytest.raises(UserError):
+        make_config("sdxl_gen_img", ckpt="tiny", prompt="a", control_net_preps=[text])

@@ -1,6 +1,7 @@
 """Control images in generation: who takes which, when a network acts, and that nothing stays behind."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from PIL import Image
 
 import sdxl_gen_img
+from library.config.cli import make_config
 from library.config.generate import GenerateOptions
 from library.errors import UserError
 from library.inference.adapters import adapter_roots
 from library.inference.controls import check_samples, guide_images, load_controls, with_guides
+from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.launch import generate
 from library.inference.prompt_line import parse_sample_line
 from library.inference.request import GenRequest
@@ -61,6 +64,14 @@ def loaded(bundle, places):
 
 def guided(places: Path, *names: str) -> GenRequest:
     return GenRequest(**{**vars(REQUEST), "control": tuple(str(places / "guides" / f"{name}.png") for name in names)})
+
+
+def named(places: Path, *guides: str, lllites: int, nets: int = 0):
+    """A configuration that names so many networks and these control images."""
+    paths = [str(places / guide) for guide in guides]
+    file = str(places / "1.safetensors")
+    models = {"control_net_lllite_models": [file] * lllites, "control_net_models": [file] * nets}
+    return make_config("sdxl_gen_img", ckpt="tiny", prompt="a", guide_image_path=paths, **models)
 
 
 def drawn(bundle, requests, controls=None, **how):
@@ -112,9 +123,20 @@ def test_a_network_acts_in_its_share_of_the_steps_and_at_its_strength(bundle, pl
     assert np.array_equal(off, drawn(bundle, [request])[0])
 
 
+def test_latents_that_grow_and_maps_that_shrink(bundle, places, loaded):
+    request = replace(guided(places, "a"), size=Size(128, 128), steps=4, sampler="euler_a")
+    request = replace(request, gradual_latent=GradualLatent(999, 0.5, 0.5))
+    with loaded("1") as controls:
+        (a,) = drawn(bundle, [request], controls)
+        (b,) = drawn(bundle, [replace(request, control=guided(places, "b").control)], controls)
+        assert np.abs(a - b).mean() > 1
+        with pytest.raises(UserError, match="a LLLite does not fit the maps"):
+            drawn(bundle, [replace(guided(places, "a"), deep_shrink=DeepShrink(3))], controls)
+
+
 def test_two_networks_take_an_image_each_in_the_order_of_the_files(bundle, places, loaded):
-    options = {"control_net_lllite_models": ["x", "y"], "guide_image_path": [str(places / "guides")]}
-    guides = guide_images(GenerateOptions(**options))
+    guides = guide_images(named(places, "guides", lllites=2))
+    assert guides == guide_images(named(places, "guides", lllites=1, nets=1))
     assert [[Path(path).stem for path in group] for group in guides] == [["a", "b"], ["c", "d"]]
     planned = with_guides([REQUEST] * 3, guides)
     assert [request.control for request in planned] == [guides[0], guides[1], guides[0]]
@@ -139,9 +161,8 @@ def test_two_networks_take_an_image_each_in_the_order_of_the_files(bundle, place
 )
 def test_control_images_that_cannot_be_are_told(places, models, guides, what):
     (places / "empty").mkdir(exist_ok=True)
-    paths = [str(places / name) for name in guides]
     with pytest.raises(UserError) as caught:
-        guide_images(GenerateOptions(control_net_lllite_models=["x"] * models, guide_image_path=paths))
+        guide_images(named(places, *guides, lllites=models))
     assert what in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Rules about ControlNet-LLLite, in training and in generation."""
+"""Rules about ControlNet-LLLite, in training, and about control images in generation."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ def the_network_has_a_rate(cfg: RunConfig) -> list[Problem]:
 
 @rule(
     "control_net_lllite_models",
+    "control_net_models",
+    "control_net_preps",
     "control_net_multipliers",
     "control_net_ratios",
     "guide_image_path",
@@ -45,17 +47,29 @@ def the_network_has_a_rate(cfg: RunConfig) -> list[Problem]:
 def control_images_and_networks_go_together(cfg: RunConfig) -> list[Problem]:
     """Networks need control images, and what is said about either needs networks."""
     options, problems = cfg.generate, []
-    count = len(options.control_net_lllite_models)
+    named = [name for name in ("control_net_lllite_models", "control_net_models") if cfg.get(name)]
+    count, nets = sum(len(cfg.get(name)) for name in named), len(cfg.control_net.control_net_models)
     if count and not options.guide_image_path:
         fix = "name a control image, or a folder of them, in guide_image_path"
-        problems += conflict(
-            cfg, "control_net_lllite_models have no control image", "control_net_lllite_models", fix=fix
-        )
+        problems += conflict(cfg, f"{named[0]} have no control image", *named, fix=fix)
     for name in ("control_net_multipliers", "control_net_ratios"):
         if len(cfg.get(name)) > count:
-            what = f"{name} has more values than there are control_net_lllite_models ({count})"
+            what = f"{name} has more values than there are control_net_lllite_models and control_net_models ({count})"
             problems += conflict(cfg, what, name, fix="remove some, or name more models")
+    if len(cfg.control_net.control_net_preps) > nets:
+        what = f"control_net_preps has more values than there are control_net_models ({nets})"
+        problems += conflict(cfg, what, "control_net_preps", fix="remove some, or name more models")
     if options.guide_image_path and not count:
         what = "guide_image_path cannot act: no network follows control images"
-        problems += conflict(cfg, what, "guide_image_path", fix="name a file in control_net_lllite_models")
+        fix = "name a file in control_net_models or control_net_lllite_models"
+        problems += conflict(cfg, what, "guide_image_path", fix=fix)
     return problems
+
+
+@rule("control_net_lllite_models", "ds_depth_1", runs=GENERATOR)
+def lllites_see_whole_maps(cfg: RunConfig) -> list[Problem]:
+    """A LLLite's embedding has a place for each cell of the U-Net's maps, which Deep Shrink makes fewer."""
+    if not cfg.generate.control_net_lllite_models or cfg.unet_effects.ds_depth_1 is None:
+        return []
+    what, names = "a LLLite does not fit the maps that Deep Shrink makes", ("control_net_lllite_models", "ds_depth_1")
+    return conflict(cfg, what, *names, fix="leave one of them out; ControlNets (control_net_models) go with it")
