@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+import sdxl_gen_img
 from library.config.unsharp import Unsharp, parse_unsharp
 from library.errors import UserError
 from library.inference.effects import Cells, DeepShrink, GradualLatent
 from library.inference.gradual_latent import GradualScheduler, sharpened
 from library.inference.launch import generate
-from library.inference.request import GenRequest
+from library.inference.request import GenRequest, HighresFix
 from library.inference.samplers import make_scheduler
 from library.models.prediction import schedule_for
 from library.sizes import Size
@@ -189,3 +191,28 @@ def test_unsharp_parameters_that_cannot_be_are_refused(text):
 def test_unsharp_parameters():
     assert parse_unsharp("3, 0.5,0.25") == Unsharp(3, 0.5, 0.25, True)
     assert parse_unsharp("5,1,2,0") == Unsharp(5, 1.0, 2.0, False)
+
+
+def test_only_the_smaller_of_two_pictures_grows(bundle):
+    two = replace(
+        REQUEST, highres=HighresFix(0.5, steps=4, save_first=True), gradual_latent=GradualLatent(999, 0.5, 0.5)
+    )
+    small, whole = drawn(bundle, [two])
+    plain_small, plain_whole = drawn(bundle, [replace(two, gradual_latent=GradualLatent())])
+    assert small.shape == (64, 64, 3) and whole.shape == (128, 128, 3)
+    assert np.abs(small - plain_small).mean() > 1 and np.abs(whole - plain_whole).mean() > 0.1
+    with pytest.raises(UserError, match="0.1 of a picture of 64x64 is too small"):
+        next(generate(bundle, [replace(two, gradual_latent=GradualLatent(999, 0.1))]))
+
+
+def test_options_of_a_line_reach_its_pictures_alone(tmp_path):
+    lines = ["red --d 3", "red --d 3 --dsd1 2 --dst1 300", "red --d 3 --gle 1 --glr 0.25 --gls 0.75", "red --d 3"]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    options = f"--ckpt tiny --sampler euler_a --steps 3 --W 64 --H 64 --batch_size 4 --from_file {tmp_path / 'p.txt'}"
+    out = ["--outdir", str(tmp_path), "--sequential_file_name", "--ds_ratio", "0.6", "--gradual_latent_s_noise", "0.5"]
+    assert sdxl_gen_img.main([*options.split(), *out]) == 0
+    first, shrunk, grown, last = (
+        np.asarray(Image.open(tmp_path / f"im_00000{number}.png")).astype(int) for number in (1, 2, 3, 4)
+    )
+    assert np.array_equal(first, last)
+    assert np.abs(first - shrunk).mean() > 1 and np.abs(first - grown).mean() > 1
