@@ -25,7 +25,8 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
     if cfg.run == "sdxl_gen_img":
         problems += _check_existing(cfg, "from_file", kind="file")
         problems += _check_existing(cfg, "wildcard_dir", kind="folder")
-        problems += list(_check_guides(cfg))
+        for name in ("guide_image_path", "control_net_models"):
+            problems += _check_files_or_folders(cfg, name)
         many = ("network_module", "network_weights", "control_net_lllite_models", "textual_inversion_embeddings")
         for name in many:
             problems += [] if name in wrong else _check_many(cfg, name)
@@ -133,11 +134,11 @@ def _check_network_module(cfg: RunConfig) -> list[Problem]:
     return [problem] if problem else []
 
 
-def _check_guides(cfg: RunConfig) -> Iterator[Problem]:
-    """Control images come one by one or by the folder."""
-    for value in cfg.generate.guide_image_path:
+def _check_files_or_folders(cfg: RunConfig, name: str) -> Iterator[Problem]:
+    """Control images come one by one or by the folder, ControlNets as single files or as diffusers folders."""
+    for value in cfg.get(name):
         kind = "folder" if Path(value).is_dir() else "file"
-        problem = missing_path(value, name="guide_image_path", kind=kind, where=cfg.provenance["guide_image_path"])
+        problem = missing_path(value, name=name, kind=kind, where=cfg.provenance[name])
         if problem:
             yield problem
 

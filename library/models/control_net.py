@@ -78,6 +78,8 @@ def open_control_net(name: str, *, half: bool = False, stack: ExitStack) -> Open
     """
     path = Path(name).expanduser()
     files, config = [path], None
+    if not path.exists():
+        raise UserError("there is no such ControlNet", name, "name a safetensors file or a diffusers folder")
     if path.is_dir():
         config = read_config(path)
         if config.get("_class_name") != "ControlNetModel":

@@ -249,8 +249,8 @@ def test_networks_for_another_width_are_refused(bundle, places, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
     (tmp_path / "other" / "diffusion_pytorch_model.bin").write_bytes(b"x")
     (tmp_path / "net.pth").write_bytes(b"x")
-    for name in ("other", "net.pth"):
-        with pytest.raises(UserError, match="from safetensors files only"):
+    for name, what in (("other", "safetensors files only"), ("net.pth", "files only"), ("no", "no such ControlNet")):
+        with pytest.raises(UserError, match=what):
             load_control_net(str(tmp_path / name), bundle.arch)
 
 
@@ -269,3 +269,5 @@ def test_the_script_draws_with_them_and_refuses_wrong_ones_before_loading(places
     argv[argv.index(str(places / "1"))] = str(tmp_path / "cut.safetensors")
     assert sdxl_gen_img.main(argv) == 2
     assert "10 are missing" in capsys.readouterr().err
+    assert sdxl_gen_img.main([*argv, "--control_net_models", "owner/hub-id"]) == 2
+    assert "control_net_models owner/hub-id does not exist" in capsys.readouterr().err

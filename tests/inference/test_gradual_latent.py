@@ -201,7 +201,7 @@ def test_only_the_smaller_of_two_pictures_grows(bundle):
     plain_small, plain_whole = drawn(bundle, [replace(two, gradual_latent=GradualLatent())])
     assert small.shape == (64, 64, 3) and whole.shape == (128, 128, 3)
     assert np.abs(small - plain_small).mean() > 1 and np.abs(whole - plain_whole).mean() > 0.1
-    with pytest.raises(UserError, match="0.1 of a picture of 64x64 is too small"):
+    with pytest.raises(UserError, match="of a picture of 64x64 is too small"):
         next(generate(bundle, [replace(two, gradual_latent=GradualLatent(999, 0.1))]))
 
 
