@@ -126,6 +126,14 @@ def test_images_are_embedded_once_for_each_size(bundle, places):
     assert np.abs(pictures[0] - pictures[1]).mean() > 0.3
 
 
+@pytest.mark.parametrize(("ratio", "acts"), [(1.0, 4), (0.5, 3), (0.25, 2), (0.0, 1)])
+def test_a_network_acts_in_its_share_of_the_steps(bundle, places, ratio, acts):
+    control, calls = nets(bundle, places, "1", ratio=ratio), []  # off before call i of 4 when ratio < i / 4
+    control.nets[0].network.register_forward_hook(lambda *_: calls.append(1))
+    drawn(bundle, [following(places, "a", steps=4, scale=1.0, size=Size(64, 64))], control)
+    assert len(calls) == acts
+
+
 def test_images_are_prepared_and_channels_turned(bundle, places):
     network = load_control_net(str(places / "1"), bundle.arch)
     network.register_to_config(controlnet_conditioning_channel_order="bgr")
