@@ -95,7 +95,7 @@ class ControlNets:
     """The ControlNets of a run, in order; the control image of the first is number `first` of a request's."""
 
     def __init__(self, nets: Sequence[ControlNet], *, first: int = 0) -> None:
-        self.nets, self._first = tuple(nets), first
+        self.nets, self.first = tuple(nets), first
 
     @contextmanager
     def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[BeforeCall | None]:
@@ -116,7 +116,7 @@ class ControlNets:
                 if net.ratio < call.number / call.of or net.strength == 0:
                     continue
                 if (index, size) not in embedded:
-                    paths = [request.control[self._first + index] for request in batch]
+                    paths = [request.control[self.first + index] for request in batch]
                     embedded[index, size] = net.embedded(torch.stack([net.image(path, size) for path in paths]))
                 _add(call, *net.residuals(call, embedded[index, size]))
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import sdxl_gen_img
+from library.config.cli import make_config
 from library.config.preps import parse_prep
 from library.errors import UserError
-from library.inference.control_nets import ControlNet, ControlNets
+from library.inference.control_nets import ControlNet, ControlNets, load_control_nets
 from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.launch import generate
 from library.inference.request import GenRequest
@@ -132,6 +133,21 @@ def test_a_network_acts_in_its_share_of_the_steps(bundle, places, ratio, acts):
     control.nets[0].network.register_forward_hook(lambda *_: calls.append(1))
     drawn(bundle, [following(places, "a", steps=4, scale=1.0, size=Size(64, 64))], control)
     assert len(calls) == acts
+
+
+def test_lllites_come_first_in_images_strengths_and_ratios(bundle, places):
+    (loaded,) = nets(bundle, places, "1").nets
+    (second,) = drawn(bundle, [following(places, "a", "b", steps=1)], ControlNets([loaded], first=1))
+    assert np.array_equal(second, drawn(bundle, [following(places, "b", steps=1)], ControlNets([loaded]))[0])
+    lllite = str(weights(places / "1"))  # it is not opened here
+    cfg = make_config(
+        "sdxl_gen_img", ckpt="tiny", prompt="a", control_net_lllite_models=[lllite], guide_image_path=[lllite],
+        control_net_models=[str(places / "1"), str(places / "2")], control_net_preps=["canny_1_2"],
+        control_net_multipliers=[0.3, 0.7], control_net_ratios=[0.2, 0.4, 0.6],
+    )  # fmt: skip
+    both = load_control_nets(bundle, cfg)
+    assert [(net.strength, net.ratio) for net in both.nets] == [(0.7, 0.4), (1.0, 0.6)]
+    assert [net.prep for net in both.nets] == [parse_prep("canny_1_2"), None] and both.first == 1
 
 
 def test_images_are_prepared_and_channels_turned(bundle, places):
