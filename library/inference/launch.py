@@ -1,6 +1,7 @@
 """From requests to pictures: encodes prompts, batches what can be drawn together, denoises, decodes."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from library.inference.decoding import decoded
+from library.inference.decoding import Decoder
 from library.inference.deep_shrink import Shrinking
 from library.inference.effect_checks import check_effects
 from library.inference.followers import Follower
@@ -24,6 +25,8 @@ from library.inference.texts import Conditioning, TextForm
 from library.log import Console
 from library.models.bundle import ModelBundle
 
+TEXTS_AT_ONCE = 256  # pictures whose prompts are encoded before they are drawn
+TEXTS_KEPT = 4 * TEXTS_AT_ONCE  # encoded texts that are kept for later pictures: below 1 GiB in float32
 BAR_DELAY = 2.0  # seconds before a progress bar shows: shorter work needs none
 
 
@@ -42,11 +45,27 @@ def encode_requests(
     and are put back. Prompts are encoded one by one, so that a prompt's encoding does not depend on the others.
     """
     conditioning = Conditioning(TextForm(text_form) if isinstance(text_form, str) else text_form)
+    _encode(bundle, requests, conditioning, device=device, networks=networks)
+    return conditioning
+
+
+def _encode(
+    bundle: ModelBundle,
+    requests: Sequence[GenRequest],
+    conditioning: Conditioning,
+    *,
+    device: torch.device | str | None,
+    networks: Sequence[Any],
+) -> None:
+    """Add what the requests say and the conditioning does not hold; without such, the encoders are left alone."""
+    missing = [request for request in requests if not conditioning.holds(request)]
+    if not missing:
+        return
+    shown = tqdm(missing, desc="encoding prompts", delay=BAR_DELAY, leave=False, disable=None, file=Console())
     with _on(device, bundle.text_encoder_1, bundle.text_encoder_2):
-        for request in requests:
+        for request in shown:
             with at_strengths(networks, request.network_muls):
                 conditioning.add(bundle, request)
-    return conditioning
 
 
 @torch.no_grad()
@@ -66,8 +85,8 @@ def generate(
     With a request that is drawn in two sizes, the smaller picture comes before it where it is wanted; `stage` tells
     which is which. Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
     vae_batch_size of them at once. device: where to compute (None: where the U-Net is). conditioning: the encoded
-    requests, when the text encoders are busy or gone; or the form in which they are encoded here (None: a
-    generator's). networks: those whose strength the requests' network_muls set. followers: what else acts on the
+    requests, when the text encoders are busy or gone, to which what is missing is added; or the form in which they are
+    encoded here (None: a generator's). networks: those whose strength the requests' network_muls set. followers: what else acts on the
     U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
 
     A picture's noise depends on its seed alone, and on a CPU so do all of its bits (batch_invariance.py). On a GPU its
@@ -75,21 +94,32 @@ def generate(
     """
     check_effects(requests, bundle, followers)
     if not isinstance(conditioning, Conditioning):
-        form = conditioning or TextForm()
-        conditioning = encode_requests(bundle, requests, device=device, text_form=form, networks=networks)
+        conditioning = Conditioning(conditioning or TextForm(), max_rows=TEXTS_KEPT)
     requests, followers = with_seeds(requests), [*followers, Shrinking(bundle.unet)]
     total, at_once = sum(num_steps(request) for request in requests), vae_batch_size or batch_size
-    with (
-        _on(device, bundle.unet, bundle.vae),
-        tqdm(
-            total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None, file=Console()
-        ) as bar,
-    ):
-        for batch in _batches(requests, batch_size, conditioning):
-            with at_strengths(networks, batch[0].network_muls):
-                drawn = list(_drawn(Stage(bundle, conditioning, followers, bar), batch, at_once))
-            for made, latents in drawn:
-                yield from zip(made, decoded(bundle, latents, at_once), strict=True)
+    bar = tqdm(total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None, file=Console())
+    waiting: deque[tuple[Sequence[GenRequest], Callable[[], list[Image.Image]]]] = deque()
+    with bar, Decoder(bundle, at_once) as decoder:
+        for start in range(0, len(requests), TEXTS_AT_ONCE):
+            part = requests[start : start + TEXTS_AT_ONCE]
+            _encode(bundle, part, conditioning, device=device, networks=networks)
+            with _on(device, bundle.unet, bundle.vae):
+                for batch in _batches(part, batch_size, conditioning):
+                    if batch[0].image is not None or batch[0].highres is not None:
+                        decoder.wait()
+                    with at_strengths(networks, batch[0].network_muls):
+                        drawn = list(_drawn(Stage(bundle, conditioning, followers, bar), batch, at_once))
+                    waiting += [(made, decoder.begin(latents)) for made, latents in drawn]
+                    while len(waiting) > (1 if decoder.beside else 0):
+                        yield from _pictures(*waiting.popleft())
+                while waiting:
+                    yield from _pictures(*waiting.popleft())
+
+
+def _pictures(
+    made: Sequence[GenRequest], wait: Callable[[], list[Image.Image]]
+) -> Iterator[tuple[GenRequest, Image.Image]]:
+    yield from zip(made, wait(), strict=True)
 
 
 def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Conditioning) -> Iterator[list[GenRequest]]:

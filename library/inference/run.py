@@ -15,7 +15,7 @@ from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.followers import Follower
 from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
-from library.inference.launch import encode_requests, generate
+from library.inference.launch import TEXTS_KEPT, generate
 from library.inference.network_set import check_strengths, load_set
 from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
@@ -25,7 +25,7 @@ from library.inference.samplers import make_scheduler
 from library.inference.settings import check_strengths_act, defaults_of, sources_of
 from library.inference.source_pictures import with_sources
 from library.inference.stage import check_steps
-from library.inference.texts import TextForm
+from library.inference.texts import Conditioning, TextForm
 from library.inference.wildcards import Wildcards
 from library.inference.writer import PictureWriter
 from library.log import get_logger
@@ -71,7 +71,8 @@ def run(cfg: "RunConfig") -> list[Path]:
     writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
     controls, networks = load_controls(bundle, options), load_set(bundle, options)
     followers = [controls, load_control_nets(bundle, cfg)]
-    studio = _Studio(bundle, options, followers, networks, guides, sources, writer)
+    texts = Conditioning(TextForm("generate", options.max_embeddings_multiples or 1), max_rows=TEXTS_KEPT)
+    studio = _Studio(bundle, options, followers, networks, guides, sources, writer, texts)
     add_words(bundle, words)
     studio.draw(pictures)
     if options.interactive:
@@ -90,6 +91,7 @@ class _Studio:
     guides: Sequence[tuple[str, ...]]
     sources: tuple[Sequence[str], Sequence[str]]
     writer: PictureWriter
+    texts: Conditioning
     number: int = 0  # of the pictures that were asked for before
 
     def draw(self, pictures: Sequence[GenRequest]) -> list[Path]:
@@ -102,14 +104,12 @@ class _Studio:
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
         _check_samplers(requests, self.bundle)
         check_effects(requests, self.bundle, self.followers)
-        form = TextForm("generate", options.max_embeddings_multiples or 1)
-        conditioning = encode_requests(self.bundle, requests, text_form=form, networks=self.networks)
         drawn = generate(
             self.bundle,
             requests,
             batch_size=options.batch_size,
             vae_batch_size=_vae_batch_size(options),
-            conditioning=conditioning,
+            conditioning=self.texts,
             networks=self.networks,
             followers=self.followers,
         )

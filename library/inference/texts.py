@@ -31,10 +31,14 @@ _Key = tuple[str, tuple[str, ...], tuple[float, ...] | None]
 
 @dataclass
 class Conditioning:
-    """Text conditions of requests, one row each; equal ones are stored once."""
+    """Text conditions of requests, one row each; equal ones are stored once.
+
+    max_rows: how many are kept (None: all); those that were asked for longest ago go first.
+    """
 
     form: TextForm
     rows: dict[_Key, TextCond] = field(default_factory=dict)
+    max_rows: int | None = None
 
     def text(self, request: GenRequest, *, negative: bool = False) -> TextCond:
         """The row (1, T, D) and (1, P) of a request's prompt or negative prompt."""
@@ -48,6 +52,14 @@ class Conditioning:
         """T of a request's rows: only equal ones go into one batch."""
         return self.text(request).hidden_BTD.shape[1]
 
+    def holds(self, request: GenRequest) -> bool:
+        """Whether all texts of a request are encoded; those count as asked for."""
+        keys = [self._key(request, words) for words in _branches(request)]
+        for key in keys:
+            if key in self.rows:
+                self.rows[key] = self.rows.pop(key)
+        return all(key in self.rows for key in keys)
+
     def add(self, bundle: ModelBundle, request: GenRequest) -> None:
         """Encode what is not there yet, with the model as it is now."""
         keys = {self._key(request, words): words for words in _branches(request)}
@@ -55,10 +67,12 @@ class Conditioning:
             if not keys.keys() <= self.rows.keys():
                 both = self._encode(bundle, list(keys.values()))
                 self.rows |= {key: both[row : row + 1] for row, key in enumerate(keys)}
-            return
-        for key, words in keys.items():
-            if key not in self.rows:
-                self.rows[key] = self._encode(bundle, [words])
+        else:
+            for key, words in keys.items():
+                if key not in self.rows:
+                    self.rows[key] = self._encode(bundle, [words])
+        while self.max_rows is not None and len(self.rows) > self.max_rows:
+            del self.rows[next(iter(self.rows))]
 
     @property
     def _pairs(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from library.diffusion.conditioning import TextCond
-from library.inference import launch
+from library.inference import decoding
 from library.inference.guidance import Branch, Guidance, guided
 from library.inference.launch import encode_requests, generate
 from library.inference.request import GenRequest
@@ -79,7 +79,7 @@ def latents(bundle, monkeypatch):
     def draw(requests, **how):
         kept = []
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_decoded", lambda b, rows, n: kept.append(rows) or iter([None] * len(rows)))
+            patch.setattr(decoding, "decoded", lambda b, rows, n: kept.append(rows) or iter([None] * len(rows)))
             list(generate(bundle, requests, **how))
         return torch.cat(kept)
 

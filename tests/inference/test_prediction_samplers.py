@@ -8,7 +8,7 @@ import torch
 
 from library.config.choices import FLOW_SAMPLERS, SAMPLERS
 from library.errors import UserError
-from library.inference import launch, samplers
+from library.inference import decoding, launch, samplers
 from library.inference.denoise import denoise
 from library.inference.launch import encode_requests
 from library.inference.request import GenRequest
@@ -217,7 +217,7 @@ def test_latents_equal_those_of_the_diffusers_pipeline(
         pipeline.scheduler = scheduler(bundle, tmp_path / "folder")
         theirs = pipeline_latents(pipeline, [conditioning.text(REQUEST, negative=flag) for flag in (False, True)])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "_decoded", lambda bundle, latents, at_once: kept.append(latents) or iter([None]))
+            patch.setattr(decoding, "decoded", lambda bundle, latents, at_once: kept.append(latents) or iter([None]))
             list(launch.generate(bundle, [replace(REQUEST, sampler=sampler)], conditioning=conditioning))
     finally:
         bundle.set_prediction("epsilon")
