@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -247,6 +248,10 @@ def _generation(cfg: RunConfig) -> Iterator[str]:
         for name in ("negative_scale", "guidance_rescale"):
             if cfg.get(name):
                 yield f"{name} has no effect on prompts without guidance: scale is {cfg.generate.scale:g}, not above 1"
+    if cfg.pictures.image_quality is not None and cfg.pictures.image_format == "png":
+        yield "image_quality has no effect on PNG files, only on names in prompts that end in .webp, .jpg or .jpeg"
+    if cfg.pictures.prompts_per_rank and int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        yield "prompts_per_rank has no effect on one process: start it with accelerate launch or torchrun"
     if cfg.generate.sdpa and cfg.generate.xformers:
         yield "sdpa and xformers are both set: xformers is used"
 

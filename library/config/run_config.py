@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from library.config.model import ModelOptions
     from library.config.network import NetworkOptions
     from library.config.optim import OptimOptions
+    from library.config.pictures import PictureOptions
     from library.config.precision import FrozenOptions, PrecisionOptions
     from library.config.preview import PreviewOptions
     from library.config.report import ReportOptions
@@ -61,6 +62,7 @@ class RunConfig:
     control_net: ControlNetOptions
     img2img: Img2ImgOptions
     unet_effects: UNetEffectOptions
+    pictures: PictureOptions
     admin: AdminOptions
     report: ReportOptions
 

@@ -18,6 +18,7 @@ from library.config.loop import LoopOptions
 from library.config.model import ModelOptions
 from library.config.network import NetworkOptions
 from library.config.optim import OptimOptions
+from library.config.pictures import PictureOptions
 from library.config.precision import FrozenOptions, PrecisionOptions
 from library.config.preview import PreviewOptions
 from library.config.report import ReportOptions
@@ -81,6 +82,7 @@ _DRAWING: dict[str, type[Group]] = {
     "control_net": ControlNetOptions,
     "img2img": Img2ImgOptions,
     "unet_effects": UNetEffectOptions,
+    "pictures": PictureOptions,
 }
 
 # The tools accept the trainers' options because users give them a trainer's TOML file; the `acts` of each

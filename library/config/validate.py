@@ -17,6 +17,7 @@ from library.config.rules import (  # noqa: F401 (each registers its rules)
     model,
     network,
     optim,
+    pictures,
     precision,
     preview,
     save,

@@ -45,17 +45,17 @@ def encode_requests(
     and are put back. Prompts are encoded one by one, so that a prompt's encoding does not depend on the others.
     """
     conditioning = Conditioning(TextForm(text_form) if isinstance(text_form, str) else text_form)
-    _encode(bundle, requests, conditioning, device=device, networks=networks)
+    encode_missing(bundle, requests, conditioning, device=device, networks=networks)
     return conditioning
 
 
-def _encode(
+def encode_missing(
     bundle: ModelBundle,
     requests: Sequence[GenRequest],
     conditioning: Conditioning,
     *,
-    device: torch.device | str | None,
-    networks: Sequence[Any],
+    device: torch.device | str | None = None,
+    networks: Sequence[Any] = (),
 ) -> None:
     """Add what the requests say and the conditioning does not hold; without such, the encoders are left alone."""
     missing = [request for request in requests if not conditioning.holds(request)]
@@ -86,8 +86,8 @@ def generate(
     which is which. Neighbours that agree in size, steps and so on are drawn together, up to batch_size; the VAE decodes
     vae_batch_size of them at once. device: where to compute (None: where the U-Net is). conditioning: the encoded
     requests, when the text encoders are busy or gone, to which what is missing is added; or the form in which they are
-    encoded here (None: a generator's). networks: those whose strength the requests' network_muls set. followers: what else acts on the
-    U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
+    encoded here (None: a generator's). networks: those whose strength the requests' network_muls set. followers: what
+    else acts on the U-Net, such as networks with control images. Models should be in eval mode; the dtype is theirs.
 
     A picture's noise depends on its seed alone, and on a CPU so do all of its bits (batch_invariance.py). On a GPU its
     numbers can differ in the last bits with the size of the batch it is drawn in, since matrix products do.
@@ -100,11 +100,10 @@ def generate(
     bar = tqdm(total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None, file=Console())
     waiting: deque[tuple[Sequence[GenRequest], Callable[[], list[Image.Image]]]] = deque()
     with bar, Decoder(bundle, at_once) as decoder:
-        for start in range(0, len(requests), TEXTS_AT_ONCE):
-            part = requests[start : start + TEXTS_AT_ONCE]
-            _encode(bundle, part, conditioning, device=device, networks=networks)
+        for part in _parts(requests, batch_size):
+            encode_missing(bundle, part, conditioning, device=device, networks=networks)
             with _on(device, bundle.unet, bundle.vae):
-                for batch in _batches(part, batch_size, conditioning):
+                for batch in batches(part, batch_size, conditioning.num_positions):
                     if batch[0].image is not None or batch[0].highres is not None:
                         decoder.wait()
                     with at_strengths(networks, batch[0].network_muls):
@@ -122,12 +121,26 @@ def _pictures(
     yield from zip(made, wait(), strict=True)
 
 
-def _batches(requests: Sequence[GenRequest], batch_size: int, conditioning: Conditioning) -> Iterator[list[GenRequest]]:
-    """Runs of neighbours that can be drawn together, cut at batch_size."""
+def _parts(requests: Sequence[GenRequest], batch_size: int) -> Iterator[Sequence[GenRequest]]:
+    """Requests in parts whose texts are encoded together; none ends within a batch."""
+    start = alike = 0
+    for end, request in enumerate(requests):
+        alike = alike + 1 if end > start and request.settings() == requests[end - 1].settings() else 1
+        if end - start >= TEXTS_AT_ONCE and (alike - 1) % batch_size == 0:
+            yield requests[start:end]
+            start, alike = end, 1
+    if requests:
+        yield requests[start:]
+
+
+def batches(
+    requests: Sequence[GenRequest], batch_size: int, num_positions: Callable[[GenRequest], int]
+) -> Iterator[list[GenRequest]]:
+    """Runs of neighbours that can be drawn together, cut at batch_size. num_positions: length of a request's texts."""
 
     def together(request: GenRequest) -> Any:
         sources = len(request.control), request.image is None, request.mask is None
-        return request.settings(), sources, conditioning.num_positions(request)
+        return request.settings(), sources, num_positions(request)
 
     for _, neighbours in groupby(requests, key=together):
         run = list(neighbours)

@@ -2,8 +2,9 @@
 
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from library.errors import Problem, UserError
 from library.inference.dynamic_prompts import Tree, fixed_text, forms, read_template, render, unescape
@@ -19,6 +20,8 @@ class PlanOptions:
 
     The whole list is gone through n_iter times (shuffled: each time in another order), and each prompt is drawn
     images_per_prompt times. seed: None for random ones. iter_same_seed: all prompts of one time have the same seeds.
+    seeds: those of the images_per_prompt pictures of every prompt, whatever it says itself. repeatable: random seeds
+    are an error, since the same is to be planned again.
     """
 
     images_per_prompt: int = 1
@@ -26,12 +29,24 @@ class PlanOptions:
     seed: int | None = None
     iter_same_seed: bool = False
     shuffled: bool = False
+    seeds: tuple[int, ...] = ()
+    repeatable: bool = False
+
+
+class Place(NamedTuple):
+    """Where a picture comes from, each from 0: which time (n_iter), line, form of the line, picture of the prompt."""
+
+    iteration: int
+    line: int
+    form: int
+    index: int
 
 
 @dataclass(frozen=True)
 class _Template:
-    """A line; its forms are the prompts that its e$$ groups stand for, seeds those that it gives for certain."""
+    """A line and its number; forms are the prompts that its e$$ groups stand for, seeds those it gives for certain."""
 
+    number: int
     line: PromptLine
     forms: list[Tree]
     seeds: tuple[int, ...]
@@ -50,11 +65,37 @@ def plan(
 
     Raises UserError with all problems of all lines.
     """
+    return [request for _, request in placed(lines, defaults, how, wildcards=wildcards)]
+
+
+def placed(
+    lines: Sequence[PromptLine], defaults: GenRequest, how: PlanOptions, *, wildcards: Wildcards | None = None
+) -> list[tuple[Place, GenRequest]]:
+    """The same with the place that each picture comes from."""
     wildcards = wildcards or Wildcards()
     templates, problems = _templates(lines, wildcards)
+    if how.repeatable:
+        problems += _random_seeds(templates, how)
     total = sum(len(template.forms) for template in templates) * how.images_per_prompt * how.n_iter
     seeds = _Seeds(how.seed, alone=total == 1)
-    planned: list[GenRequest] = []
+    planned: list[tuple[Place, GenRequest]] = []
+    for place, template, form, seed in _walk(templates, how, seeds):
+        try:
+            request = _picture(template.line, form, defaults, seed, wildcards)
+        except UserError as error:
+            problems += error.problems
+            continue
+        own = () if how.seeds else request.seeds
+        planned.append((place, replace(request, seed=own[place.index] if place.index < len(own) else seed)))
+    if problems:
+        raise UserError.from_problems(distinct(problems))
+    return planned
+
+
+def _walk(
+    templates: Sequence[_Template], how: PlanOptions, seeds: "_Seeds"
+) -> Iterator[tuple[Place, _Template, Tree, int]]:
+    """Every picture in the order in which it is drawn, with the seed that chooses its words."""
     for iteration in range(how.n_iter):
         order = list(templates)
         if how.shuffled:  # by a generator of its own, so that shuffling changes no seed of the stream
@@ -63,19 +104,23 @@ def plan(
         shared = [seeds.next() for _ in range(how.images_per_prompt)] if how.iter_same_seed else []
         for template in order:
             for index in range(how.images_per_prompt):
-                for form in template.forms:
-                    given = template.seeds[index] if index < len(template.seeds) else None
+                for number, form in enumerate(template.forms):
+                    own = how.seeds or template.seeds
+                    given = own[index] if index < len(own) else None
                     seed = given if given is not None else shared[index] if shared else seeds.next()
-                    try:
-                        request = _picture(template.line, form, defaults, seed, wildcards)
-                    except UserError as error:
-                        problems += error.problems
-                        continue
-                    chosen = request.seeds[index] if index < len(request.seeds) else seed
-                    planned.append(replace(request, seed=chosen))
-    if problems:
-        raise UserError.from_problems(distinct(problems))
-    return planned
+                    yield Place(iteration, template.number, number, index), template, form, seed
+
+
+def _random_seeds(templates: Sequence[_Template], how: PlanOptions) -> Iterator[Problem]:
+    """What would be different the next time."""
+    if how.seed is not None:
+        return
+    if how.shuffled:
+        yield Problem("the order of the prompts would be another one each time", "shuffle_prompts", "give --seed")
+    for template in templates:
+        if len(how.seeds or template.seeds) < how.images_per_prompt:
+            what = "this prompt would have random seeds, and resume_bulk and prompts_per_rank need the same ones again"
+            yield Problem(what, f"{template.line.where}: {template.line.text}", "give --seed, or seeds with --d")
 
 
 class _Seeds:
@@ -92,10 +137,10 @@ class _Seeds:
 
 def _templates(lines: Sequence[PromptLine], wildcards: Wildcards) -> tuple[list[_Template], list[Problem]]:
     templates, problems = [], []
-    for line in lines:
+    for number, line in enumerate(lines):
         try:
             tree = read_template(line, wildcards)
-            templates.append(_Template(line, forms(tree), seeds_of(fixed_text(tree))))
+            templates.append(_Template(number, line, forms(tree), seeds_of(fixed_text(tree))))
         except UserError as error:
             problems += error.problems
     return templates, problems

@@ -53,7 +53,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
 
 Change = Callable[[GenRequest, str], GenRequest]
 _WHOLE, _FLOAT, _TEXT = r"[+-]?\d+", r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", r".+"
-_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+_OTHER_PICTURES = (".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
 
 
 def put(field: str, convert: Callable[[str], Any]) -> Change:
@@ -145,11 +145,11 @@ def _file_name(text: str) -> str:
     name = text.strip()
     if any(letter in '/\\:*?"<>|' or not letter.isprintable() for letter in name):
         raise ValueError("must be a file's name without a folder")
-    if name.lower().endswith(_PICTURES):
-        raise ValueError("must end in .png, or in nothing")
+    if name.lower().endswith(_OTHER_PICTURES):
+        raise ValueError("must end in .png, .webp, .jpg or .jpeg, or in nothing")
     if name.strip(".") == "" or len(name.encode(errors="replace")) > 200:
         raise ValueError("cannot be a file's name")
-    return name if name.lower().endswith(".png") else f"{name}.png"
+    return name
 
 
 # name -> (what a value looks like; text after it is ignored), (what it changes)

@@ -68,7 +68,8 @@ class GenRequest:
     strength: the share of the steps that is done then, None meaning 0.8. highres: how the picture is drawn in two
     sizes, None: in one; stage: "0" for the smaller picture and "1" for the whole one, then. deep_shrink and
     gradual_latent: off unless they say otherwise. clip_prompt is only written into the picture's file; name is that
-    file's. raw: the whole line, its choices made.
+    file's, perhaps without its ending. raw: the whole line, its choices made. number: of the picture in a run, from 0.
+    batch: requests with different numbers of a batch are not drawn at once.
     """
 
     prompt: str = ""
@@ -100,12 +101,14 @@ class GenRequest:
     clip_prompt: str = ""
     name: str = ""
     raw: str = ""
+    number: int | None = None
+    batch: int | None = None
 
     def settings(self) -> GenRequest:
         """What has to be equal for pictures to be drawn in one batch; all else is left out."""
         return replace(
             self, prompt="", negative="", seed=None, seeds=(), control=(), image=None, mask=None, clip_prompt="",
-            name="", raw="", stage="",
+            name="", raw="", stage="", number=None,
         )  # fmt: skip
 
     @property

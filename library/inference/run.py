@@ -8,26 +8,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import UserError
+from library.inference.album import Album, Job
 from library.inference.control_nets import check_control_nets, load_control_nets
 from library.inference.controls import check_models, guide_images, load_controls, with_guides
 from library.inference.effect_checks import check_effects
 from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.followers import Follower
+from library.inference.grid import plan_grid, read_axes
 from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
-from library.inference.launch import TEXTS_KEPT, generate
+from library.inference.launch import TEXTS_KEPT, batches, encode_missing, generate
 from library.inference.network_set import check_strengths, load_set
+from library.inference.parameters_text import num_live
 from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
-from library.inference.prompt_source import prompt_lines
+from library.inference.ranks import share_of
 from library.inference.request import CELL, GenRequest, with_open_sides
 from library.inference.samplers import make_scheduler
-from library.inference.settings import check_strengths_act, defaults_of, sources_of
+from library.inference.settings import check_strengths_act, defaults_of, lines_and_sources
 from library.inference.source_pictures import with_sources
 from library.inference.stage import check_steps
 from library.inference.texts import Conditioning, TextForm
 from library.inference.wildcards import Wildcards
-from library.inference.writer import PictureWriter
 from library.log import get_logger
 from library.models import attention
 from library.models.bundle import ModelBundle
@@ -47,7 +49,8 @@ def run(cfg: "RunConfig") -> list[Path]:
     With `interactive`, prompts are asked for afterwards until the input ends.
     """
     options: GenerateOptions = cfg.generate
-    lines = prompt_lines(options.from_file, options.prompt)
+    share = share_of(cfg)
+    lines, sources = lines_and_sources(cfg)
     wildcards = Wildcards(options.wildcard_dir)
     defaults = defaults_of(cfg)
     how = PlanOptions(
@@ -56,9 +59,13 @@ def run(cfg: "RunConfig") -> list[Path]:
         seed=options.seed,
         iter_same_seed=options.iter_same_seed,
         shuffled=options.shuffle_prompts,
+        repeatable=cfg.pictures.resume_bulk or cfg.pictures.prompts_per_rank,
     )
-    pictures = plan(lines, defaults, how, wildcards=wildcards)
-    sources = sources_of(cfg)
+    grid = None
+    if cfg.pictures.grid:
+        axes = read_axes(cfg.pictures.grid, num_networks=num_live(options))
+        grid = plan_grid(lines, axes, defaults, how, wildcards=wildcards)
+    pictures = grid.requests if grid else plan(lines, defaults, how, wildcards=wildcards)
     check_strengths_act(pictures, sources[0])
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
     guides = guide_images(cfg)
@@ -67,17 +74,19 @@ def run(cfg: "RunConfig") -> list[Path]:
     check_control_nets(cfg, arch)
     if arch is not None:
         check_words(words, arch)
-    bundle = _load(cfg)
-    writer = PictureWriter(Path(options.outdir), sequential=options.sequential_file_name)
+    bundle = _load(cfg, local_rank=share.local_rank)
+    album = Album(cfg, share=share)
     controls, networks = load_controls(bundle, options), load_set(bundle, options)
     followers = [controls, load_control_nets(bundle, cfg)]
     texts = Conditioning(TextForm("generate", options.max_embeddings_multiples or 1), max_rows=TEXTS_KEPT)
-    studio = _Studio(bundle, options, followers, networks, guides, sources, writer, texts)
+    studio = _Studio(bundle, options, followers, networks, guides, sources, album, texts)
     add_words(bundle, words)
-    studio.draw(pictures)
+    job = studio.draw(pictures)
+    if grid:
+        album.add_sheets(grid.sheets, job)
     if options.interactive:
-        ask_and_draw(lambda line: studio.draw(plan([line], defaults, how, wildcards=wildcards)))
-    return studio.writer.paths
+        ask_and_draw(lambda line: studio.draw(plan([line], defaults, how, wildcards=wildcards)).paths)
+    return album.paths
 
 
 @dataclass
@@ -90,40 +99,51 @@ class _Studio:
     networks: Sequence[Any]
     guides: Sequence[tuple[str, ...]]
     sources: tuple[Sequence[str], Sequence[str]]
-    writer: PictureWriter
+    album: Album
     texts: Conditioning
-    number: int = 0  # of the pictures that were asked for before
 
-    def draw(self, pictures: Sequence[GenRequest]) -> list[Path]:
-        """Draw and write pictures; returns their paths. UserError when the memory of the device is too small."""
-        options, before = self.options, len(self.writer.paths)
+    def draw(self, pictures: Sequence[GenRequest]) -> Job:
+        """Draw pictures, which are written when it returns. UserError when the memory of the device is too small."""
+        options = self.options
         native = _native_size(self.bundle)
-        over = with_sources(pictures, *self.sources, start=self.number)
-        requests = with_guides([with_open_sides(picture, native) for picture in over], self.guides, start=self.number)
-        self.number += len(requests)
+        over = with_sources(pictures, *self.sources, start=self.album.count)
+        sized = [with_open_sides(picture, native) for picture in over]
+        requests = with_guides(sized, self.guides, start=self.album.count)
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
         _check_samplers(requests, self.bundle)
         check_effects(requests, self.bundle, self.followers)
+        job = self.album.job(requests, lambda: self._batches(requests))
         drawn = generate(
             self.bundle,
-            requests,
+            job.todo,
             batch_size=options.batch_size,
             vae_batch_size=_vae_batch_size(options),
             conditioning=self.texts,
             networks=self.networks,
             followers=self.followers,
         )
-        if requests:
-            logger.info("drawing %d pictures with %s", len(requests), options.ckpt)
+        if job.todo:
+            logger.info("drawing %d pictures with %s", len(job.todo), options.ckpt)
         try:
-            for request, picture in drawn:
-                self.writer.write(request, picture)
+            with job:
+                for request, picture in drawn:
+                    job.take(request, picture)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of the device is too small: {str(error).splitlines()[0]}",
                 fix="lower batch_size, vae_batch_size or the size, or compute in fp16 or bf16",
             ) from error
-        return self.writer.paths[before:]
+        return job
+
+    def _batches(self, requests: Sequence[GenRequest]) -> list[int]:
+        """How many requests are drawn at once, batch after batch."""
+
+        def num_positions(request: GenRequest) -> int:
+            if self.texts.form.max_chunks > 1:  # how long prompts are decides who goes with whom
+                encode_missing(self.bundle, [request], self.texts, networks=self.networks)
+            return self.texts.num_positions(request)
+
+        return [len(batch) for batch in batches(requests, self.options.batch_size, num_positions)]
 
 
 def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
@@ -141,9 +161,10 @@ def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None
         make_scheduler(sampler, prediction_type=kind, steps=steps, schedule=table, eta=eta)
 
 
-def _load(cfg: "RunConfig") -> ModelBundle:
+def _load(cfg: "RunConfig", *, local_rank: int = 0) -> ModelBundle:
     options: GenerateOptions = cfg.generate
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    cuda = f"cuda:{local_rank}" if local_rank else "cuda"
+    device = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
     bundle = load_bundle(
         options.ckpt,

@@ -10,6 +10,8 @@ from library.config.unsharp import parse_unsharp
 from library.errors import UserError
 from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.highres import load_upscaler
+from library.inference.picture_text import prompts_of_pictures
+from library.inference.prompt_source import PromptLine, prompt_lines
 from library.inference.request import OPEN, GenRequest, HighresFix
 from library.inference.source_pictures import picture_files
 from library.sizes import Size
@@ -72,8 +74,22 @@ def _highres(cfg: RunConfig) -> HighresFix:
     )
 
 
-def sources_of(cfg: RunConfig) -> tuple[list[str], list[str]]:
-    """The files that are drawn over, and their masks; UserError for what holds no picture."""
+def lines_and_sources(cfg: RunConfig) -> tuple[list[PromptLine], tuple[list[str], list[str]]]:
+    """What a run is to draw before anyone is asked, and the files that it is drawn over, with their masks.
+
+    Where nothing says what, the prompts are those that the pictures to draw over hold, and each picture goes with the
+    images_per_prompt results of its own prompt (gen_img.md section 2). UserError for files that hold no picture or no
+    prompt.
+    """
+    options, sources = cfg.generate, _sources(cfg)
+    lines = prompt_lines(options.from_file, options.prompt)
+    if lines or not sources[0] or options.interactive:
+        return lines, sources
+    images, masks = ([path for path in paths for _ in range(options.images_per_prompt)] for paths in sources)
+    return prompts_of_pictures(sources[0]), (images, masks)
+
+
+def _sources(cfg: RunConfig) -> tuple[list[str], list[str]]:
     over = cfg.img2img
     images = picture_files([over.image_path], option="image_path") if over.image_path else []
     return images, picture_files([over.mask_path], option="mask_path") if over.mask_path else []

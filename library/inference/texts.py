@@ -49,7 +49,9 @@ class Conditioning:
         return self.rows[self._key(request, "")]
 
     def num_positions(self, request: GenRequest) -> int:
-        """T of a request's rows: only equal ones go into one batch."""
+        """T of a request's rows: only equal ones go into one batch. Prompts of one length need not be encoded yet."""
+        if not self._pairs:
+            return CHUNK * self.form.max_chunks + 2
         return self.text(request).hidden_BTD.shape[1]
 
     def holds(self, request: GenRequest) -> bool:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from library.inference.sheet import Labels, Look, draw_sheet
 from library.io.atomic import atomic_path
+from library.sizes import Size
 
 CELL = 256
 """Longest side of a picture on the sheet, in pixels."""
-MARGIN, GAP, HEAD, LINE, FONT = 200, 4, 24, 18, 14
+MARGIN, HEAD, LINE, FONT = 200, 24, 18, 14
 MAX_COLUMNS = 60
 """Of more times, as many are shown at even distances, the first and the last among them."""
-PAPER, INK = (255, 255, 255), (0, 0, 0)
 
 
 class Place(NamedTuple):
@@ -80,25 +81,16 @@ class ContactSheet:
         steps = thinned(sorted({place.step for place in self._small}), MAX_COLUMNS)
         if not steps:
             return
-        widths = [self._longest(0, (Place(step, row) for row in range(len(self.prompts)))) for step in steps]
-        heights = [self._longest(1, (Place(step, row) for step in steps)) for row in range(len(self.prompts))]
-        size = (MARGIN + sum(widths) + GAP * len(widths), HEAD + sum(heights) + GAP * len(heights))
-        sheet = Image.new("RGB", size, PAPER)
-        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-        lefts = list(_starts(MARGIN, widths))
-        for step, left in zip(steps, lefts, strict=True):
-            pen.text((left, GAP), f"step {step}", INK, font)
-        for row, (top, height) in enumerate(zip(_starts(HEAD, heights), heights, strict=True)):
-            lines = list(_wrapped(self.prompts[row], font, MARGIN - 2 * GAP))[: max(height // LINE, 1)]
-            pen.multiline_text((GAP, top), "\n".join(lines), INK, font, spacing=LINE - FONT)
-            for step, left in zip(steps, lefts, strict=True):
-                if (small := self._small.get(Place(step, row))) is not None:
-                    sheet.paste(small, (left, top))
+        rows = range(len(self.prompts))
+        cells = [[self._size(Place(step, row)) for step in steps] for row in rows]
+        labels = Labels(self.prompts, [f"step {step}" for step in steps])
+        look = Look(MARGIN, HEAD, FONT, LINE)
+        sheet = draw_sheet(cells, lambda row, column: self._small[Place(steps[column], row)], labels=labels, look=look)
         with atomic_path(self.path, durable=False) as temporary:
             sheet.save(temporary, format="PNG")
 
-    def _longest(self, side: int, places: Iterable[Place]) -> int:
-        return max((self._small[place].size[side] for place in places if place in self._small), default=CELL // 4)
+    def _size(self, place: Place) -> Size | None:
+        return Size(*self._small[place].size) if place in self._small else None
 
 
 def thinned(items: Sequence[int], most: int) -> list[int]:
@@ -106,21 +98,3 @@ def thinned(items: Sequence[int], most: int) -> list[int]:
     if len(items) <= most:
         return list(items)
     return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
-
-
-def _starts(first: int, lengths: Sequence[int]) -> Iterator[int]:
-    for length in lengths:
-        yield first
-        first += length + GAP
-
-
-def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """Lines of whole words that are no wider than `width` pixels, unless a word is."""
-    line = ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
-            yield line
-            longer = word
-        line = longer
-    yield line

@@ -199,7 +199,7 @@ def test_the_script_takes_third_party_networks_and_says_what_is_in_them(files, t
     argv = f"--ckpt tiny --prompt red --outdir {tmp_path} --steps 1 --W 64 --H 64 --scale 1 --network_show_meta"
     two = ["--network_module", "lycoris.kohya", "networks.lora", "--network_weights", files["k"], files["1"]]
     assert sdxl_gen_img.main([*argv.split(), *two, "--network_merge_n_models", "1"]) == 0
-    assert '"ss_note": "of a test"' in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
+    assert '"ss_note": "of a test"' in capsys.readouterr().out and len(list(tmp_path.glob("*.png"))) == 1
     assert sdxl_gen_img.main([*argv.split(), *two, "--prompt", "a --am 1,2,3"]) == 2
     assert "--am has 3 strengths" in capsys.readouterr().err
 

@@ -45,7 +45,7 @@ def test_without_a_seed_pictures_differ():
 
 def test_settings_belong_to_one_prompt():
     a, b, c = planned("a", "b --w 64 --s 3 --n x --l 2 --nl 1 --am 2 --ow 9 --ct 4 --f y --c z", "a", seed=1)
-    assert (b.size.w, b.steps, b.negative, b.scale, b.negative_scale, b.name) == (64, 3, "x", 2.0, 1.0, "y.png")
+    assert (b.size.w, b.steps, b.negative, b.scale, b.negative_scale, b.name) == (64, 3, "x", 2.0, 1.0, "y")
     assert a == GenRequest(prompt="a", raw="a", seed=a.seed) and c == GenRequest(prompt="a", raw="a", seed=c.seed)
 
 

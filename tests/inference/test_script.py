@@ -1,7 +1,9 @@
 """sdxl_gen_img.py from argv to files."""
 
 import io
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 import sdxl_gen_img
 from library.inference import run
 from library.inference.request import GenRequest
-from library.inference.writer import PictureWriter, png_text, save_png
+from library.inference.writer import png_text, save_png
 from library.io.safetensors_file import save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and NumPy 2
@@ -22,7 +24,7 @@ def test_a_run_draws_what_its_file_says_and_writes_it_down(tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     argv = f"--ckpt tiny --from_file {prompts} --outdir {out} --steps 2 --images_per_prompt 2 --batch_size 3 --seed 9"
     assert sdxl_gen_img.main([*argv.split(), "--sampler", "euler_a", "--sequential_file_name"]) == 0
-    files = sorted(out.iterdir())
+    files = sorted(out.glob("*.png"))
     assert [file.name for file in files] == [f"im_{n:06d}.png" for n in range(1, 5)]
     printed = capsys.readouterr().out
     assert str(out) in printed and all(file.name in printed for file in files)
@@ -45,7 +47,7 @@ def test_sampler_and_guidance_are_written_down_and_what_a_sampler_cannot_do_is_k
     base = ["--ckpt", "tiny", "--outdir", str(out), "--W", "64", "--H", "64"]
     chosen = "--sampler dpmpp_sde_karras --eta 0.5 --negative_scale 3 --guidance_rescale 0.7 --steps 2 --seed 1"
     assert sdxl_gen_img.main([*base, *chosen.split(), "--prompt", "red --n blurry"]) == 0
-    (file,) = out.iterdir()
+    (file,) = out.glob("*.png")
     text = Image.open(file).text
     assert [text[key] for key in ("sampler", "eta", "negative-scale", "guidance-rescale")] == [
         "dpmpp_sde_karras",
@@ -57,14 +59,14 @@ def test_sampler_and_guidance_are_written_down_and_what_a_sampler_cannot_do_is_k
     prompts.write_text("red --s 4\nblue --s 3\n", "utf-8")
     assert sdxl_gen_img.main([*base, "--from_file", str(prompts), "--sampler", "pndm"]) == 2
     assert "pndm cannot do 3 steps" in capsys.readouterr().err
-    assert list(out.iterdir()) == [file]
+    assert list(out.glob("*.png")) == [file]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_draws(tmp_path, precision):
     argv = f"--ckpt tiny --prompt red --outdir {tmp_path} --steps 2 --{precision} --no_half_vae --W 64 --H 64"
     assert sdxl_gen_img.main(argv.split()) == 0
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.png")
     assert file.name.startswith("im_2") and Image.open(file).size == (64, 64)
 
 
@@ -89,25 +91,10 @@ def test_strengths_without_networks_and_broken_network_files_are_explained(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_of_one_second_and_seed_do_not_overwrite_each_other(tmp_path):
-    writer = PictureWriter(tmp_path)
-    request = GenRequest(prompt="x", seed=3)
-    paths = [writer.write(request, Image.new("RGB", (8, 8))) for _ in range(3)]
-    assert len(set(paths)) == len(list(tmp_path.iterdir())) == 3
-
-
 def test_text_of_any_language_survives_in_the_file(tmp_path):
     request = GenRequest(prompt="ein grüner 猫 (sehr:1.2)", negative="плохо", raw="ein grüner 猫 --n плохо", seed=1)
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", png_text(request))
     assert Image.open(tmp_path / "a.png").text == png_text(request)
-
-
-def test_names_that_prompts_give_are_taken_as_they_are(tmp_path):
-    writer = PictureWriter(tmp_path, sequential=True)
-    given = [GenRequest(name=name, seed=3) for name in ("a.png", "", "A.png", "a.png", "b.png", "a_001.png")]
-    names = [writer.write(request, Image.new("RGB", (8, 8))).name for request in given]
-    assert names == ["a.png", "im_000002.png", "A_001.png", "a_002.png", "b.png", "a_001_001.png"]
-    assert PictureWriter(tmp_path).write(given[0], Image.new("RGB", (9, 9))).name == "a.png"  # of an earlier run
 
 
 def test_what_is_only_written_down_is_written_down():
@@ -136,7 +123,7 @@ def test_nothing_leaks_from_one_prompt_into_the_next(tmp_path, batch_size, lora_
     for same in drawn.values():
         assert len(same) == 4 and len({(picture.tobytes(), str(sorted(picture.text.items()))) for picture in same}) == 1
     assert drawn["1"][0].tobytes() != drawn["2"][0].tobytes()
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"other.png", "other_001.png"} <= names and len(names) == 14
 
 
@@ -157,7 +144,7 @@ def test_prompts_are_asked_for_while_the_model_stays_loaded(tmp_path, capsys, mo
     monkeypatch.setattr(run, "load_bundle", lambda *a, **k: loads.append(a) or original(*a, **k))
     argv = f"--ckpt tiny --interactive --prompt first --outdir {tmp_path / 'out'} --steps 1 --seed 9"
     assert sdxl_gen_img.main([*argv.split(), "--sequential_file_name"]) == 0
-    texts = [Image.open(path).text for path in sorted((tmp_path / "out").iterdir())]
+    texts = [Image.open(path).text for path in sorted((tmp_path / "out").glob("*.png"))]
     assert [(text["prompt"], text["seed"]) for text in texts[:2]] == [("first", "9"), ("a red circle", "5")]
     assert texts[2]["prompt"] in ("a red star", "a green star") and texts[2]["seed"] == "9" and len(texts) == 3
     printed = capsys.readouterr()
@@ -175,7 +162,7 @@ def test_options_of_the_command_line_reach_the_plan(tmp_path):
     )
     more = "--steps 1 --n_iter 2 --shuffle_prompts --iter_same_seed --negative_scale 0.5 --sequential_file_name"
     assert sdxl_gen_img.main([*argv.split(), *more.split()]) == 0
-    texts = [Image.open(path).text for path in sorted((tmp_path / "out").iterdir())]
+    texts = [Image.open(path).text for path in sorted((tmp_path / "out").glob("*.png"))]
     first, second = ([text["prompt"] for text in half] for half in (texts[:5], texts[5:]))
     assert sorted(first) == sorted(second) == [f"{number} red" for number in range(5)] and first != second
     assert [len({text["seed"] for text in half}) for half in (texts[:5], texts[5:], texts)] == [1, 1, 2]
@@ -239,4 +226,26 @@ def test_pictures_are_drawn_over_and_in_two_sizes(tmp_path, capsys):
         "192",
     ]
     assert sdxl_gen_img.main([*base, *two, "--prompt", "a star"]) == 0
-    assert [Image.open(tmp_path / "out" / f"im_00000{number}.png").size for number in (1, 2)] == [(64, 96), (128, 192)]
+    stages = [Image.open(tmp_path / "out" / f"im_{stage}000001.png").size for stage in (0, 1)]
+    assert stages == [(64, 96), (128, 192)]
+
+
+def test_pictures_are_drawn_over_by_the_prompts_that_they_hold(tmp_path, capsys):
+    out, first = tmp_path / "out", tmp_path / "first"
+    base = ["--ckpt", "tiny", "--W", "64", "--H", "64", "--sequential_file_name", "--seed", "1"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red {circle} --f b.webp --n dark\na star --f a\n")
+    assert sdxl_gen_img.main([*base, "--from_file", str(prompts), "--steps", "1", "--outdir", str(first)]) == 0
+    again = [*base, "--image_path", str(first), "--steps", "4", "--strength", "0.25", "--outdir", str(out)]
+    assert sdxl_gen_img.main([*again, "--images_per_prompt", "2", "--use_original_file_name"]) == 0
+    texts = {path.stem: Image.open(path).text for path in sorted(out.glob("*.png"))}
+    assert list(texts) == ["a", "a_001", "b", "b_001"]
+    assert [(text["prompt"], text["negative-prompt"]) for text in texts.values()] == [("a star", "")] * 2 + [
+        ("a red circle", "dark")
+    ] * 2
+    assert len({text["seed"] for text in texts.values()}) == 4 and texts["a"]["steps"] == "4"
+    lines = [json.loads(line) for line in (out / "parameters.jsonl").read_text().splitlines()]
+    assert [Path(line["image"]).name for line in lines] == ["a.png"] * 2 + ["b.webp"] * 2
+    Image.new("RGB", (64, 64)).save(first / "plain.png")
+    assert sdxl_gen_img.main(again) == 2
+    assert "the picture's text holds no prompt" in capsys.readouterr().err

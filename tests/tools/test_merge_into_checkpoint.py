@@ -205,7 +205,7 @@ def test_the_merged_checkpoint_draws_what_the_live_network_draws(base, second, t
         ckpt = tmp_path / "merged.safetensors" if name == "merged" else base
         sdxl_gen_img.main(["--ckpt", str(ckpt), "--outdir", str(tmp_path / name), *shared, *more])
     live, merged_picture, plain = (
-        np.asarray(Image.open(next((tmp_path / name).iterdir())), np.int16) for name in ("live", "merged", "plain")
+        np.asarray(Image.open(next((tmp_path / name).glob("*.png"))), np.int16) for name in ("live", "merged", "plain")
     )
     assert np.abs(live - merged_picture).max() <= 1  # sums in another order round differently
     assert np.abs(live - plain).max() > 10

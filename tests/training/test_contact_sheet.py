@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from library.inference.sheet import GAP, PAPER
 from library.inference.writer import save_png
-from library.training import contact_sheet
-from library.training.contact_sheet import CELL, GAP, HEAD, MARGIN, ContactSheet, Place, place_of, thinned
+from library.training.contact_sheet import CELL, HEAD, MARGIN, ContactSheet, Place, place_of, thinned
 
 COLOURS = {(0, 0): (255, 0, 0), (0, 1): (0, 255, 0), (7, 0): (0, 0, 255), (7, 1): (9, 9, 9)}
 
@@ -61,7 +61,7 @@ def test_a_missing_picture_leaves_its_cell_blank(tmp_path):
     sheet.add(Place(5, 2), _picture((7, 8, 9)))  # of a prompt that is no longer there
     sheet.write()
     with Image.open(sheet.path) as drawn:
-        assert drawn.getpixel((MARGIN + CELL + GAP + 5, HEAD + 5)) == contact_sheet.PAPER
+        assert drawn.getpixel((MARGIN + CELL + GAP + 5, HEAD + 5)) == PAPER
 
 
 def test_the_place_is_read_from_the_text_of_the_picture(tmp_path):

@@ -18,10 +18,10 @@ def checkpoint_is_named(cfg: RunConfig) -> list[Problem]:
     return [Problem("ckpt is missing", fix=fix)]
 
 
-@rule("prompt", "from_file", "interactive", runs=GENERATOR)
+@rule("prompt", "from_file", "interactive", "image_path", runs=GENERATOR)
 def prompt_is_there(cfg: RunConfig) -> list[Problem]:
-    """Drawing needs a prompt, or someone to ask; an empty one counts when it is given."""
-    if cfg.generate.from_file or cfg.is_given("prompt") or cfg.generate.interactive:
+    """Drawing needs a prompt, someone to ask, or pictures that may hold one; an empty one counts when it is given."""
+    if cfg.generate.from_file or cfg.is_given("prompt") or cfg.generate.interactive or cfg.img2img.image_path:
         return []
     return [Problem("there is no prompt", fix="give --prompt or --from_file, or --interactive to be asked")]
 
