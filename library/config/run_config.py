@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from library.config.control_net import ControlNetOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
+    from library.config.drawing_speed import DrawingSpeedOptions
     from library.config.evaluation import EmaOptions, ValidationOptions
     from library.config.finetune import FinetuneOptions
     from library.config.generate import GenerateOptions
@@ -58,6 +59,7 @@ class RunConfig:
     preview: PreviewOptions
     validation: ValidationOptions
     ema: EmaOptions
+    drawing_speed: DrawingSpeedOptions
     generate: GenerateOptions
     control_net: ControlNetOptions
     img2img: Img2ImgOptions

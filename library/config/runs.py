@@ -8,6 +8,7 @@ from library.config.admin import AdminOptions
 from library.config.control_net import ControlNetOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
+from library.config.drawing_speed import DrawingSpeedOptions
 from library.config.evaluation import EmaOptions, ValidationOptions
 from library.config.fields import Group, Option
 from library.config.finetune import FinetuneOptions
@@ -81,6 +82,7 @@ _DRAWING: dict[str, type[Group]] = {
     "generate": GenerateOptions,
     "control_net": ControlNetOptions,
     "img2img": Img2ImgOptions,
+    "drawing_speed": DrawingSpeedOptions,
     "unet_effects": UNetEffectOptions,
     "pictures": PictureOptions,
 }

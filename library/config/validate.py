@@ -8,6 +8,7 @@ from library.config.rules import (  # noqa: F401 (each registers its rules)
     admin,
     data,
     diffusion,
+    drawing_speed,
     evaluation,
     finetune,
     generate,

@@ -26,9 +26,9 @@ def batch_invariant(model: nn.Module, pictures: int) -> Iterator[None]:
     """Let a model give the rows of `pictures` pictures the numbers that they get alone.
 
     The rows of a batch are branches of guidance, one after the other, each with a row per picture; row i belongs to
-    picture i % pictures. Nothing is done for one picture, or away from the CPU.
+    picture i % pictures. Nothing is done for one picture, away from the CPU, or with compiled blocks.
     """
-    if pictures == 1 or next(model.parameters()).device.type != "cpu":
+    if pictures == 1 or next(model.parameters()).device.type != "cpu" or is_compiled(model):
         yield
         return
     apart = _Apart(pictures)
@@ -90,6 +90,11 @@ class _Everywhere(TorchFunctionMode):
         if func in _WITH_WEIGHTS or (func in _PRODUCTS and args[1].dim() == 2):
             return self._apart(func, args)
         return func(*args)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether blocks of a model are compiled; replacing what they are made of would have them compiled anew."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def _is_extended(module: nn.Module) -> bool:

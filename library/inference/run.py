@@ -18,6 +18,7 @@ from library.inference.grid import plan_grid, read_axes
 from library.inference.highres import first_stage
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import TEXTS_KEPT, batches, encode_missing, generate
+from library.inference.loading import Loading, best_device, compile_blocks, load_for_drawing
 from library.inference.network_set import check_strengths, load_set
 from library.inference.parameters_text import num_live
 from library.inference.plan import PlanOptions, plan
@@ -31,9 +32,8 @@ from library.inference.stage import check_steps
 from library.inference.texts import Conditioning, TextForm
 from library.inference.wildcards import Wildcards
 from library.log import get_logger
-from library.models import attention
 from library.models.bundle import ModelBundle
-from library.models.checkpoint import load_bundle, read_arch
+from library.models.checkpoint import read_arch
 from library.sizes import Size
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ def run(cfg: "RunConfig") -> list[Path]:
     texts = Conditioning(TextForm("generate", options.max_embeddings_multiples or 1), max_rows=TEXTS_KEPT)
     studio = _Studio(bundle, options, followers, networks, guides, sources, album, texts)
     add_words(bundle, words)
+    if cfg.drawing_speed.compile:
+        compile_blocks(bundle)
+    if cfg.drawing_speed.compile:
+        compile_blocks(bundle)
     job = studio.draw(pictures)
     if grid:
         album.add_sheets(grid.sheets, job)
@@ -162,18 +166,16 @@ def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None
 
 
 def _load(cfg: "RunConfig", *, local_rank: int = 0) -> ModelBundle:
-    options: GenerateOptions = cfg.generate
-    cuda = f"cuda:{local_rank}" if local_rank else "cuda"
-    device = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
-    bundle = load_bundle(
-        options.ckpt,
+    options, speed = cfg.generate, cfg.drawing_speed
+    how = Loading(
+        torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32,
         vae=options.vae,
-        dtype=dtype,
-        dtypes={"vae": torch.float32} if options.no_half_vae else None,
-        device=device,
+        vae_float32=options.no_half_vae,
+        xformers=options.xformers,
+        channels_last=speed.opt_channels_last,
+        tiling=speed.vae_tiling,
     )
-    attention.configure(bundle.unet, xformers=options.xformers, device=device)
+    bundle = load_for_drawing(options.ckpt, how, device=best_device(local_rank))
     settle(cfg, bundle)
     return bundle
 

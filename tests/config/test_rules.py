@@ -278,6 +278,11 @@ GENERATOR_CASES = [
     ),
     ("highres_fix_is_on", {**HIGHRES, "highres_fix_upscaler_args": "a=1"}, "has no upscaler to act on"),
     ("highres_fix_is_on", {**HIGHRES, "highres_fix_disable_control_net": True}, "there are no control images"),
+    (
+        "compiled_blocks_stay_as_they_are",
+        {"compile": True, "control_net_lllite_models": [__file__], "guide_image_path": [__file__]},
+        "compile cannot act",
+    ),
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     (
         "a_grid_has_prompts",

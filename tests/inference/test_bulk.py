@@ -148,7 +148,7 @@ def test_two_ranks_draw_what_one_process_draws(whole, prompts, tmp_path):
 
 
 def test_what_cannot_be_repeated_is_refused_before_the_model_is_loaded(prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "load_bundle", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_for_drawing", lambda *a, **k: pytest.fail("loaded"))
     for option in ("--resume_bulk", "--prompts_per_rank"):
         base = ["--ckpt", "tiny", "--from_file", str(prompts), "--outdir", str(tmp_path), option]
         assert sdxl_gen_img.main(base) == 2
@@ -217,13 +217,16 @@ def test_batches_stay_what_they_were_and_names_what_they_are_to_be(tmp_path):
     a, b, c, other, d, e = (GenRequest("a", seed=seed, steps=9 if seed == 3 else 8) for seed in range(6))
     everything, sizes = (a, b, c, other, d, e), [2, 1, 1, 2]
     form = Conditioning(TextForm())
-    assert [len(batch) for batch in launch.batches(everything, 2, form)] == sizes
+    assert [len(batch) for batch in launch.batches(everything, 2, form.num_positions)] == sizes
     drawn(album(tmp_path, sequential_file_name=True), *everything)
     for number in (3, 5, 6):
         (tmp_path / f"im_{number:06d}.png").unlink()
     options = {"resume_bulk": True, "sequential_file_name": True}
     job = album(tmp_path, **options).job(everything, lambda: sizes)
-    assert [[request.seed for request in batch] for batch in launch.batches(job.todo, 2, form)] == [[2], [4, 5]]
+    assert [[request.seed for request in batch] for batch in launch.batches(job.todo, 2, form.num_positions)] == [
+        [2],
+        [4, 5],
+    ]
     drawn(album(tmp_path / "time"), *everything)  # names that tell the time are not those of a sequential run
     assert len(album(tmp_path / "time", **options).job(everything, lambda: sizes).todo) == 6
     assert not album(tmp_path / "time", resume_bulk=True).job(everything, lambda: sizes).todo

@@ -287,7 +287,7 @@ def test_the_script_draws_with_them_and_refuses_wrong_ones_before_loading(places
         assert sdxl_gen_img.main([*argv, "--control_net_multipliers", *strengths.split()]) == 0
         pictures.append(np.asarray(Image.open(tmp_path / "out" / "im_000001.png")).tobytes())
     assert len(set(pictures)) == 4
-    monkeypatch.setattr("library.inference.run.load_bundle", None)
+    monkeypatch.setattr("library.inference.run.load_for_drawing", None)
     with TensorReader(weights(places / "1")) as tensors:
         save(changed(dict(tensors), "cut"), tmp_path / "cut.safetensors")
     argv[argv.index(str(places / "1"))] = str(tmp_path / "cut.safetensors")

@@ -253,7 +253,7 @@ def test_the_generator_draws_sheets_and_goes_on_with_them(tmp_path, capsys, monk
         (out / name).unlink()
     assert sdxl_gen_img.main([*argv, *grid, "--resume_bulk"]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    monkeypatch.setattr(run, "load_bundle", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_for_drawing", lambda *a, **k: pytest.fail("loaded"))
     assert sdxl_gen_img.main([*argv, "--grid", "network_mul=0,1", "stps=3"]) == 2
     printed = capsys.readouterr().err
     assert "no network is loaded" in printed and "did you mean steps?" in printed

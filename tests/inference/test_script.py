@@ -140,8 +140,8 @@ def test_prompts_are_asked_for_while_the_model_stays_loaded(tmp_path, capsys, mo
 
     monkeypatch.setattr("library.inference.interactive.ask_and_draw.__kwdefaults__", {"read": read})
     loads = []
-    original = run.load_bundle
-    monkeypatch.setattr(run, "load_bundle", lambda *a, **k: loads.append(a) or original(*a, **k))
+    original = run.load_for_drawing
+    monkeypatch.setattr(run, "load_for_drawing", lambda *a, **k: loads.append(a) or original(*a, **k))
     argv = f"--ckpt tiny --interactive --prompt first --outdir {tmp_path / 'out'} --steps 1 --seed 9"
     assert sdxl_gen_img.main([*argv.split(), "--sequential_file_name"]) == 0
     texts = [Image.open(path).text for path in sorted((tmp_path / "out").glob("*.png"))]
@@ -176,7 +176,7 @@ def test_no_prompt_at_all_draws_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_mistakes_in_prompts_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "load_bundle", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_for_drawing", lambda *a, **k: pytest.fail("loaded"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# fine\na cat\n\na __colour__ cat --w x\nb --glt 3\n")
     (tmp_path / "cards").mkdir()
