@@ -1,6 +1,6 @@
 """What an adapter is: a small module that adds something to the output of one frozen Linear or Conv2d."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Adapter(nn.Module):
         self._base = (base,)  # in a tuple, so that nn.Module does not register it as a child
         self.multiplier = 1.0
         self.enabled = True
+        # What becomes of the addition where it acts in a part of a picture only.
+        self.region: Callable[[Tensor], Tensor] | None = None
 
     @property
     def base(self) -> nn.Linear | nn.Conv2d:
@@ -99,6 +101,8 @@ class _Patch:
             # A multiplier of 0 leaves the base's output exactly as it is.
             if adapter.enabled and adapter.multiplier != 0:
                 delta = adapter.forward_delta_from(_input_for(adapter, x), base_output)
+                if adapter.region is not None:
+                    delta = adapter.region(delta)
                 out = torch.add(out, delta.to(out.dtype), alpha=adapter.multiplier)
         return out
 

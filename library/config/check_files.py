@@ -20,10 +20,12 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
     """The problems with names of files, folders and modules; `wrong` names options that are reported already."""
     if cfg.run == "dataset_report":  # it opens what the dataset names, and no model
         return [problem for name in ("json_file", "html_file") for problem in _check_written(cfg, name)]
-    names = ("ckpt", "vae") if cfg.run == "sdxl_gen_img" else ("pretrained_model_name_or_path", "vae")
+    draws = cfg.run == "sdxl_gen_img"
+    names = ("ckpt", "vae", "clip_vision_model") if draws else ("pretrained_model_name_or_path", "vae")
     problems = [problem for name in names if name not in wrong for problem in _check_model(cfg, name)]
-    if cfg.run == "sdxl_gen_img":
+    if draws:
         problems += _check_existing(cfg, "from_file", kind="file")
+        problems += _check_existing(cfg, "from_module", kind="file")
         problems += _check_existing(cfg, "wildcard_dir", kind="folder")
         for name in ("guide_image_path", "control_net_models"):
             problems += _check_files_or_folders(cfg, name)

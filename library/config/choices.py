@@ -40,6 +40,8 @@ def default_eta(name: str) -> float | None:
     return _ETA_SAMPLERS.get(split_sampler(name)[0])
 
 
+# What stays as it was when words of a prompt have weights: sd-scripts' emb_normalize_mode.
+WEIGHT_BALANCES = ("original", "none", "abs")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "rectified_flow")
 
 OPTIMIZERS = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from library.config.fields import FULL, NETWORK, TRAINER
+from library.config.regional_networks import num_regional
 from library.config.run_config import RunConfig
 
 
@@ -242,16 +243,21 @@ def _averages(cfg: RunConfig) -> Iterator[str]:
 
 
 def _generation(cfg: RunConfig) -> Iterator[str]:
-    if cfg.generate.prompt and cfg.generate.from_file:
-        yield "prompt is ignored: the prompts come from from_file"
+    source = next((name for name in ("from_file", "from_module") if cfg.get(name)), "")
+    if cfg.generate.prompt and source:
+        yield f"prompt is ignored: the prompts come from {source}"
+    if cfg.prompter.from_module and source != "from_module":
+        yield f"from_module is ignored: the prompts come from {source}"
     if cfg.generate.scale <= 1:
-        for name in ("negative_scale", "guidance_rescale"):
+        for name in ("negative_scale", "guidance_rescale", "original_width_negative", "original_height_negative"):
             if cfg.get(name):
                 yield f"{name} has no effect on prompts without guidance: scale is {cfg.generate.scale:g}, not above 1"
     if cfg.pictures.image_quality is not None and cfg.pictures.image_format == "png":
         yield "image_quality has no effect on PNG files, only on names in prompts that end in .webp, .jpg or .jpeg"
     if cfg.pictures.prompts_per_rank and int(os.environ.get("WORLD_SIZE") or 1) < 2:
         yield "prompts_per_rank has no effect on one process: start it with accelerate launch or torchrun"
+    if cfg.img2img.image_path and num_regional(cfg):
+        yield "mask_path says where networks act, so the whole of image_path is drawn anew"
     if cfg.generate.sdpa and cfg.generate.xformers:
         yield "sdpa and xformers are both set: xformers is used"
 

@@ -9,6 +9,7 @@ from library.config.fields import Group
 
 if TYPE_CHECKING:
     from library.config.admin import AdminOptions
+    from library.config.clip_vision import ClipVisionOptions
     from library.config.control_net import ControlNetOptions
     from library.config.data import DataOptions
     from library.config.diffusion import DiffusionOptions
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from library.config.pictures import PictureOptions
     from library.config.precision import FrozenOptions, PrecisionOptions
     from library.config.preview import PreviewOptions
+    from library.config.prompter import PrompterOptions
+    from library.config.regions import RegionOptions
     from library.config.report import ReportOptions
     from library.config.save import SaveOptions
     from library.config.tokens import PivotalOptions, TokenOptions
+    from library.config.told import ToldOptions
     from library.config.unet_effects import UNetEffectOptions
 
 DEFAULT = "default"
@@ -63,6 +67,10 @@ class RunConfig:
     generate: GenerateOptions
     control_net: ControlNetOptions
     img2img: Img2ImgOptions
+    told: ToldOptions
+    clip_vision: ClipVisionOptions
+    prompter: PrompterOptions
+    regions: RegionOptions
     unet_effects: UNetEffectOptions
     pictures: PictureOptions
     admin: AdminOptions

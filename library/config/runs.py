@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.config.admin import AdminOptions
+from library.config.clip_vision import ClipVisionOptions
 from library.config.control_net import ControlNetOptions
 from library.config.data import DataOptions
 from library.config.diffusion import DiffusionOptions
@@ -22,9 +23,12 @@ from library.config.optim import OptimOptions
 from library.config.pictures import PictureOptions
 from library.config.precision import FrozenOptions, PrecisionOptions
 from library.config.preview import PreviewOptions
+from library.config.prompter import PrompterOptions
+from library.config.regions import RegionOptions
 from library.config.report import ReportOptions
 from library.config.save import SaveOptions
 from library.config.tokens import PivotalOptions, TokenOptions
+from library.config.told import ToldOptions
 from library.config.unet_effects import UNetEffectOptions
 
 
@@ -85,6 +89,10 @@ _DRAWING: dict[str, type[Group]] = {
     "drawing_speed": DrawingSpeedOptions,
     "unet_effects": UNetEffectOptions,
     "pictures": PictureOptions,
+    "regions": RegionOptions,
+    "told": ToldOptions,
+    "clip_vision": ClipVisionOptions,
+    "prompter": PrompterOptions,
 }
 
 # The tools accept the trainers' options because users give them a trainer's TOML file; the `acts` of each

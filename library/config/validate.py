@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from library.config.rules import (  # noqa: F401 (each registers its rules)
     admin,
+    clip_vision,
     data,
     diffusion,
     drawing_speed,
@@ -21,6 +22,8 @@ from library.config.rules import (  # noqa: F401 (each registers its rules)
     pictures,
     precision,
     preview,
+    prompter,
+    regions,
     save,
     tokens,
     unet_effects,

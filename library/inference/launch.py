@@ -18,6 +18,7 @@ from library.inference.effect_checks import check_effects
 from library.inference.followers import Follower
 from library.inference.highres import enlarged, first_stage, second_stage
 from library.inference.network_set import at_strengths
+from library.inference.regional import only_of
 from library.inference.request import GenRequest
 from library.inference.source_pictures import init_latents
 from library.inference.stage import Stage, with_seeds
@@ -38,13 +39,16 @@ def encode_requests(
     device: torch.device | str | None = None,
     text_form: TextForm | Literal["generate", "train"] = "generate",
     networks: Sequence[Any] = (),
+    followers: Sequence[Follower] = (),
 ) -> Conditioning:
     """Encode what the requests say, equal prompts once; the result is on the CPU.
 
     Afterwards the text encoders are not needed to draw these requests. They work on `device` (None: where they are)
     and are put back. Prompts are encoded one by one, so that a prompt's encoding does not depend on the others.
+    followers: those that `generate` is given; networks that act in parts of the picture divide its prompts too.
     """
-    conditioning = Conditioning(TextForm(text_form) if isinstance(text_form, str) else text_form)
+    form = TextForm(text_form) if isinstance(text_form, str) else text_form
+    conditioning = Conditioning(form, only=only_of(followers))
     encode_missing(bundle, requests, conditioning, device=device, networks=networks)
     return conditioning
 
@@ -94,7 +98,8 @@ def generate(
     """
     check_effects(requests, bundle, followers)
     if not isinstance(conditioning, Conditioning):
-        conditioning = Conditioning(conditioning or TextForm(), max_rows=TEXTS_KEPT)
+        conditioning = Conditioning(conditioning or TextForm(), max_rows=TEXTS_KEPT, only=only_of(followers))
+    assert conditioning.only == only_of(followers), "the texts are encoded for other followers"
     requests, followers = with_seeds(requests), [*followers, Shrinking(bundle.unet)]
     total, at_once = sum(num_steps(request) for request in requests), vae_batch_size or batch_size
     bar = tqdm(total=total, desc="drawing", unit="step", delay=BAR_DELAY, leave=False, disable=None, file=Console())

@@ -1,8 +1,10 @@
 """From prompt lines to the pictures of a run: which words, which seed, in which order. No torch."""
 
+from __future__ import annotations
+
 import random
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,7 +23,8 @@ class PlanOptions:
     The whole list is gone through n_iter times (shuffled: each time in another order), and each prompt is drawn
     images_per_prompt times. seed: None for random ones. iter_same_seed: all prompts of one time have the same seeds.
     seeds: those of the images_per_prompt pictures of every prompt, whatever it says itself. repeatable: random seeds
-    are an error, since the same is to be planned again.
+    are an error, since the same is to be planned again. regions: how many networks act in parts of the picture, each
+    with a sub-prompt of its own.
     """
 
     images_per_prompt: int = 1
@@ -31,6 +34,7 @@ class PlanOptions:
     shuffled: bool = False
     seeds: tuple[int, ...] = ()
     repeatable: bool = False
+    regions: int = 0
 
 
 class Place(NamedTuple):
@@ -52,8 +56,11 @@ class _Template:
     seeds: tuple[int, ...]
 
 
+Lines = Sequence[PromptLine] | Callable[[int | None], Sequence[PromptLine]]
+
+
 def plan(
-    lines: Sequence[PromptLine], defaults: GenRequest, how: PlanOptions, *, wildcards: Wildcards | None = None
+    lines: Lines, defaults: GenRequest, how: PlanOptions, *, wildcards: Wildcards | None = None
 ) -> list[GenRequest]:
     """Every picture of a run with its words and its seed, in the order in which they are drawn.
 
@@ -63,25 +70,27 @@ def plan(
     whatever else is drawn. Pictures of one e$$ line share the seeds of `--d`: the first for the first of the
     images_per_prompt of every combination, and so on.
 
+    lines may be a function that is called each time the list is gone through, with the first of the seeds that its
+    pictures share (None: they share none), and has an order of its own.
+
     Raises UserError with all problems of all lines.
     """
     return [request for _, request in placed(lines, defaults, how, wildcards=wildcards)]
 
 
 def placed(
-    lines: Sequence[PromptLine], defaults: GenRequest, how: PlanOptions, *, wildcards: Wildcards | None = None
+    lines: Lines, defaults: GenRequest, how: PlanOptions, *, wildcards: Wildcards | None = None
 ) -> list[tuple[Place, GenRequest]]:
     """The same with the place that each picture comes from."""
     wildcards = wildcards or Wildcards()
-    templates, problems = _templates(lines, wildcards)
+    rounds, shared, seeds, problems = _rounds(lines, how, wildcards)
     if how.repeatable:
-        problems += _random_seeds(templates, how)
-    total = sum(len(template.forms) for template in templates) * how.images_per_prompt * how.n_iter
-    seeds = _Seeds(how.seed, alone=total == 1)
+        shown = {id(template): template for templates in rounds for template in templates}
+        problems += _random_seeds(list(shown.values()), how)
     planned: list[tuple[Place, GenRequest]] = []
-    for place, template, form, seed in _walk(templates, how, seeds):
+    for place, template, form, seed in _walk(rounds, shared, how, seeds):
         try:
-            request = _picture(template.line, form, defaults, seed, wildcards)
+            request = _picture(template.line, form, defaults, seed, wildcards, how.regions)
         except UserError as error:
             problems += error.problems
             continue
@@ -93,21 +102,16 @@ def placed(
 
 
 def _walk(
-    templates: Sequence[_Template], how: PlanOptions, seeds: "_Seeds"
+    rounds: Sequence[Sequence[_Template]], shared: Sequence[Sequence[int]], how: PlanOptions, seeds: _Seeds
 ) -> Iterator[tuple[Place, _Template, Tree, int]]:
     """Every picture in the order in which it is drawn, with the seed that chooses its words."""
-    for iteration in range(how.n_iter):
-        order = list(templates)
-        if how.shuffled:  # by a generator of its own, so that shuffling changes no seed of the stream
-            seed = secrets.randbits(64) if how.seed is None else how.seed
-            random.Random(f"order of the prompts {seed} {iteration}").shuffle(order)
-        shared = [seeds.next() for _ in range(how.images_per_prompt)] if how.iter_same_seed else []
-        for template in order:
+    for iteration, (templates, same) in enumerate(zip(rounds, shared, strict=True)):
+        for template in templates:
             for index in range(how.images_per_prompt):
                 for number, form in enumerate(template.forms):
                     own = how.seeds or template.seeds
                     given = own[index] if index < len(own) else None
-                    seed = given if given is not None else shared[index] if shared else seeds.next()
+                    seed = given if given is not None else same[index] if same else seeds.next()
                     yield Place(iteration, template.number, number, index), template, form, seed
 
 
@@ -121,6 +125,42 @@ def _random_seeds(templates: Sequence[_Template], how: PlanOptions) -> Iterator[
         if len(how.seeds or template.seeds) < how.images_per_prompt:
             what = "this prompt would have random seeds, and resume_bulk and prompts_per_rank need the same ones again"
             yield Problem(what, f"{template.line.where}: {template.line.text}", "give --seed, or seeds with --d")
+
+
+def _rounds(
+    lines: Lines, how: PlanOptions, wildcards: Wildcards
+) -> tuple[list[list[_Template]], list[list[int]], _Seeds, list[Problem]]:
+    """For every time that the lines are gone through: the templates in order, and the seeds that its pictures share
+    ([]: none); then where the other seeds come from, and the problems.
+    """
+    if callable(lines):
+        seeds = _Seeds(how.seed, alone=False)
+        shared = _shared(how, seeds)
+        found = [_templates(lines(same[0] if same else None), wildcards) for same in shared]
+        rounds, problems = [templates for templates, _ in found], [p for _, several in found for p in several]
+        if how.iter_same_seed:
+            return rounds, shared, seeds, problems
+    else:
+        templates, problems = _templates(lines, wildcards)
+        rounds = [_shuffled(templates, how, iteration) for iteration in range(how.n_iter)]
+    total = sum(len(template.forms) for templates in rounds for template in templates) * how.images_per_prompt
+    seeds = _Seeds(how.seed, alone=total == 1)
+    return rounds, _shared(how, seeds), seeds, problems
+
+
+def _shared(how: PlanOptions, seeds: _Seeds) -> list[list[int]]:
+    count = how.images_per_prompt if how.iter_same_seed else 0
+    return [[seeds.next() for _ in range(count)] for _ in range(how.n_iter)]
+
+
+def _shuffled(templates: Sequence[_Template], how: PlanOptions, iteration: int) -> list[_Template]:
+    """The templates in the order of one time through, by a generator of its own, so that shuffling changes no seed of
+    the stream."""
+    order = list(templates)
+    if how.shuffled:
+        seed = secrets.randbits(64) if how.seed is None else how.seed
+        random.Random(f"order of the prompts {seed} {iteration}").shuffle(order)
+    return order
 
 
 class _Seeds:
@@ -146,8 +186,10 @@ def _templates(lines: Sequence[PromptLine], wildcards: Wildcards) -> tuple[list[
     return templates, problems
 
 
-def _picture(line: PromptLine, form: Tree, defaults: GenRequest, seed: int, wildcards: Wildcards) -> GenRequest:
+def _picture(
+    line: PromptLine, form: Tree, defaults: GenRequest, seed: int, wildcards: Wildcards, regions: int
+) -> GenRequest:
     """One picture of a line; `raw` is the line with its choices made, and draws the same again as a prompt line."""
     words = render(form, random.Random(seed), wildcards)
     where = line.where if words == line.text else f"{line.where}, with the words that were chosen"
-    return replace(parse_line(PromptLine(unescape(words), where), defaults), raw=words.strip())
+    return replace(parse_line(PromptLine(unescape(words), where), defaults, regions=regions), raw=words.strip())

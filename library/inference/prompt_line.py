@@ -17,15 +17,16 @@ from library.sizes import Size
 logger = get_logger(__name__)
 
 
-def parse_line(line: PromptLine | str, defaults: GenRequest) -> GenRequest:
+def parse_line(line: PromptLine | str, defaults: GenRequest, *, regions: int = 0) -> GenRequest:
     """The request of a generator's prompt line, such as `a red cat --w 768 --n blurry --d 1`.
 
-    Braces and `__name__` are text here (dynamic_prompts.py chooses before). Raises UserError, with a caret under each
-    place, for options that are not known, cannot act or cannot be read, and for AND.
+    Braces and `__name__` are text here (dynamic_prompts.py chooses before). regions: how many networks there are that
+    act in parts of the picture. Raises UserError, with a caret under each place, for options that are not known, cannot
+    act or cannot be read, for AND without such networks, and for fewer sub-prompts than there are of them.
     """
     source = line if isinstance(line, PromptLine) else PromptLine(line)
     request, problems = _parse(source, defaults, _GENERATOR_OPTIONS, _GENERATOR_REFUSED)
-    problems += _without_effect(source, request)
+    problems += _without_effect(source, request, regions)
     if problems:
         raise UserError.from_problems(problems)
     return request
@@ -264,14 +265,20 @@ def _suggestion(key: str, options: Mapping[str, Any]) -> str:
     return f"did you mean --{guess}?" if guess in options else "known: " + ", ".join(f"--{name}" for name in options)
 
 
-def _without_effect(source: PromptLine, request: GenRequest) -> Iterator[Problem]:
+def _without_effect(source: PromptLine, request: GenRequest, regions: int) -> Iterator[Problem]:
     """What is understood but cannot act."""
     text = source.text.strip()
     shown = replace(source, text=text)
-    if len(split_and(request.prompt)) > 1:
+    parts = len(split_and(request.prompt))
+    if parts > 1 and not regions:
         place = text.index(AND) + 1
-        what = "AND gives parts of a picture prompts of their own, and regional networks are not supported yet"
-        yield shown.problem(what, place, place + 3, fix='write a comma, or "and" in small letters')
+        what = "AND gives networks prompts of their own in parts of a picture, and there are none that do so"
+        fix = 'write a comma, or "and" in small letters; or name networks and, with mask_path, their parts'
+        yield shown.problem(what, place, place + 3, fix=fix)
+    if parts < regions:
+        what = f"{regions} networks act in parts of the picture, and the prompt has {parts} for them"
+        fix = 'part the prompt by " AND ", one for each network, or remove mask_path'
+        yield shown.problem(what, 0, max(1, len(request.prompt)), fix=fix)
     if request.negative_scale is not None and request.scale <= 1:
         place = re.search(r"(?:^| )--nl\b", text, re.IGNORECASE)
         if place:
@@ -288,4 +295,4 @@ def warn_of_generator_syntax(prompt: str) -> None:
     if re.search(r"\{[^{}]*\|[^{}]*\}", prompt):
         logger.warning("{a|b} choices are not supported in sample prompts; they are drawn as text: %s", prompt)
     if AND in prompt:
-        logger.warning("AND between sub-prompts is not supported yet; it is drawn as text: %s", prompt)
+        logger.warning("AND between sub-prompts acts in the generator only; here it is drawn as text: %s", prompt)

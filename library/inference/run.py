@@ -16,6 +16,7 @@ from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.followers import Follower
 from library.inference.grid import plan_grid, read_axes
 from library.inference.highres import first_stage
+from library.inference.image_prompts import ImagePrompts, image_prompts
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import TEXTS_KEPT, batches, encode_missing, generate
 from library.inference.loading import Loading, best_device, compile_blocks, load_for_drawing
@@ -24,6 +25,7 @@ from library.inference.parameters_text import num_live
 from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
 from library.inference.ranks import share_of
+from library.inference.regional import only_of, read_regions
 from library.inference.request import CELL, GenRequest, with_open_sides
 from library.inference.samplers import make_scheduler
 from library.inference.settings import check_strengths_act, defaults_of, lines_and_sources
@@ -48,17 +50,20 @@ def run(cfg: "RunConfig") -> list[Path]:
 
     With `interactive`, prompts are asked for afterwards until the input ends.
     """
+    for notice in cfg.notices:
+        logger.info(notice)
     options: GenerateOptions = cfg.generate
     share = share_of(cfg)
     lines, sources = lines_and_sources(cfg)
     wildcards = Wildcards(options.wildcard_dir)
-    defaults = defaults_of(cfg)
+    defaults, regions = defaults_of(cfg), read_regions(cfg)
     how = PlanOptions(
         images_per_prompt=options.images_per_prompt,
         n_iter=options.n_iter,
         seed=options.seed,
         iter_same_seed=options.iter_same_seed,
         shuffled=options.shuffle_prompts,
+        regions=regions.count if regions else 0,
         repeatable=cfg.pictures.resume_bulk or cfg.pictures.prompts_per_rank,
     )
     grid = None
@@ -78,8 +83,10 @@ def run(cfg: "RunConfig") -> list[Path]:
     album = Album(cfg, share=share)
     controls, networks = load_controls(bundle, options), load_set(bundle, options)
     followers = [controls, load_control_nets(bundle, cfg)]
-    texts = Conditioning(TextForm("generate", options.max_embeddings_multiples or 1), max_rows=TEXTS_KEPT)
-    studio = _Studio(bundle, options, followers, networks, guides, sources, album, texts)
+    followers += [regions.follower(bundle.unet, networks)] if regions else []
+    form = TextForm("generate", options.max_embeddings_multiples or 1, cfg.told.emb_normalize_mode)
+    texts = Conditioning(form, max_rows=TEXTS_KEPT, only=only_of(followers))
+    studio = _Studio(bundle, options, followers, networks, guides, sources, album, texts, image_prompts(cfg))
     add_words(bundle, words)
     if cfg.drawing_speed.compile:
         compile_blocks(bundle)
@@ -105,6 +112,7 @@ class _Studio:
     sources: tuple[Sequence[str], Sequence[str]]
     album: Album
     texts: Conditioning
+    image_prompts: ImagePrompts | None = None
 
     def draw(self, pictures: Sequence[GenRequest]) -> Job:
         """Draw pictures, which are written when it returns. UserError when the memory of the device is too small."""
@@ -117,6 +125,8 @@ class _Studio:
         _check_samplers(requests, self.bundle)
         check_effects(requests, self.bundle, self.followers)
         job = self.album.job(requests, lambda: self._batches(requests))
+        if self.image_prompts:
+            self.texts.pictures |= self.image_prompts.vectors(self.bundle, job.todo)
         drawn = generate(
             self.bundle,
             job.todo,

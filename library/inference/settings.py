@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.config.key_values import split_pairs
+from library.config.regional_networks import num_regional
 from library.config.unsharp import parse_unsharp
 from library.errors import UserError
 from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.highres import load_upscaler
 from library.inference.picture_text import prompts_of_pictures
-from library.inference.prompt_source import PromptLine, prompt_lines
+from library.inference.plan import Lines
+from library.inference.prompt_module import prompt_module
+from library.inference.prompt_source import prompt_lines
 from library.inference.request import OPEN, GenRequest, HighresFix
 from library.inference.source_pictures import picture_files
 from library.sizes import Size
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 def defaults_of(cfg: RunConfig) -> GenRequest:
     """What a prompt leaves open. UserError for an upscaler module that cannot be used."""
-    options, over = cfg.generate, cfg.img2img
+    options, over, told = cfg.generate, cfg.img2img, cfg.told
     return GenRequest(
         size=Size(options.W or OPEN, options.H or OPEN),
         steps=options.steps,
@@ -32,6 +35,12 @@ def defaults_of(cfg: RunConfig) -> GenRequest:
         eta=options.eta,
         negative_scale=options.negative_scale,
         guidance_rescale=options.guidance_rescale,
+        original_width=told.original_width,
+        original_height=told.original_height,
+        original_width_negative=told.original_width_negative,
+        original_height_negative=told.original_height_negative,
+        crop_top=told.crop_top,
+        crop_left=told.crop_left,
         strength=over.strength,
         highres=_highres(cfg) if over.highres_fix_scale else None,
         **_effects(cfg.unet_effects),
@@ -74,25 +83,30 @@ def _highres(cfg: RunConfig) -> HighresFix:
     )
 
 
-def lines_and_sources(cfg: RunConfig) -> tuple[list[PromptLine], tuple[list[str], list[str]]]:
+def lines_and_sources(cfg: RunConfig) -> tuple[Lines, tuple[list[str], list[str]]]:
     """What a run is to draw before anyone is asked, and the files that it is drawn over, with their masks.
 
     Where nothing says what, the prompts are those that the pictures to draw over hold, and each picture goes with the
     images_per_prompt results of its own prompt (gen_img.md section 2). UserError for files that hold no picture or no
     prompt.
     """
-    options, sources = cfg.generate, _sources(cfg)
-    lines = prompt_lines(options.from_file, options.prompt)
+    options, sources = cfg.generate, sources_of(cfg)
+    lines = prompt_module(cfg) or prompt_lines(options.from_file, options.prompt)
     if lines or not sources[0] or options.interactive:
         return lines, sources
     images, masks = ([path for path in paths for _ in range(options.images_per_prompt)] for paths in sources)
     return prompts_of_pictures(sources[0]), (images, masks)
 
 
-def _sources(cfg: RunConfig) -> tuple[list[str], list[str]]:
+def sources_of(cfg: RunConfig) -> tuple[list[str], list[str]]:
+    """The files that are drawn over, and their masks; UserError for what holds no picture.
+
+    A mask that says where networks act is none of them.
+    """
     over = cfg.img2img
     images = picture_files([over.image_path], option="image_path") if over.image_path else []
-    return images, picture_files([over.mask_path], option="mask_path") if over.mask_path else []
+    masks = over.mask_path if not num_regional(cfg) else None
+    return images, picture_files([masks], option="mask_path") if masks else []
 
 
 def check_strengths_act(requests: Sequence[GenRequest], images: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ class ModelFamily(Protocol):
         prompts: Sequence[str],
         *,
         max_chunks: int,
+        balance: str,
     ) -> TextCond:
         """Prompts to the text condition that generation uses."""
 

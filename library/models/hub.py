@@ -32,6 +32,11 @@ def download_vae(repo: str, *, half: bool) -> Path:
     return _snapshot(repo, lambda files: vae_files(files, half=half, repo=repo))
 
 
+def download_files(repo: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """Local folder of a hub repository with the files that `choose` picks. Raises as `download_model`."""
+    return _snapshot(repo, choose)
+
+
 def model_files(files: Iterable[str], parts: Iterable[Part], *, half: bool, repo: str) -> list[str]:
     """Paths inside a repository that `parts` need; UserError when a part has no weights there."""
     files = list(files)

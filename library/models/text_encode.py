@@ -71,12 +71,13 @@ def encode_text_gen(
     prompts: Sequence[str],
     *,
     max_chunks: int = 1,
+    balance: str = "original",
 ) -> TextCond:
     """Text condition for generation: hidden (B, 77n, D), pooled (B, P), with prompt weights and BREAK.
 
     n is what the longest of `prompts` needs, at most `max_chunks`; so give a prompt and its negative together, and
-    unrelated prompts apart. BREAK goes on in the next chunk. Weights multiply hidden states, whose mean per prompt
-    and encoder is then restored.
+    unrelated prompts apart. BREAK goes on in the next chunk. Weights multiply hidden states; then their mean per prompt
+    and encoder is restored (`balance` "original"), or the mean of their absolute values ("abs"), or nothing ("none").
     """
     layouts = [_prompt_chunks(tokenizer, prompt) for prompt in prompts]
     num_chunks = max(1, min(max_chunks, max(len(chunks) for chunks in layouts)))
@@ -90,7 +91,7 @@ def encode_text_gen(
     hidden_1, hidden_2, pooled = _encode_windows(
         text_encoder_1, text_encoder_2, torch.tensor(ids_1), torch.tensor(ids_2)
     )
-    hidden = [_weighted_keeping_mean(each.flatten(1, 2), weights.flatten(1)) for each in (hidden_1, hidden_2)]
+    hidden = [_weighted(each.flatten(1, 2), weights.flatten(1), balance) for each in (hidden_1, hidden_2)]
     return TextCond(torch.cat(hidden, dim=-1), pooled)
 
 
@@ -133,14 +134,17 @@ def _joined_chunks(hidden_BnLD: Tensor) -> Tensor:
     return torch.cat([hidden_BnLD[:, 0, :1], inner, hidden_BnLD[:, -1, -1:]], dim=1)
 
 
-def _weighted_keeping_mean(hidden_BTD: Tensor, weights_BT: Tensor) -> Tensor:
-    """hidden * weights, scaled so that each row keeps its mean over positions and width."""
+def _weighted(hidden_BTD: Tensor, weights_BT: Tensor, balance: str) -> Tensor:
+    """hidden * weights, scaled so that each row keeps its mean (of absolute values: "abs") over positions and width."""
     weights = weights_BT.to(hidden_BTD.device)
     plain = (weights == 1).all(dim=1)
     if bool(plain.all()):
         return hidden_BTD
     weighted = hidden_BTD.float() * weights[:, :, None]
-    before, after = hidden_BTD.float().mean(dim=(1, 2)), weighted.mean(dim=(1, 2))
+    if balance == "none":
+        return weighted.to(hidden_BTD.dtype)
+    measured = [x.abs() if balance == "abs" else x for x in (hidden_BTD.float(), weighted)]
+    before, after = (x.mean(dim=(1, 2)) for x in measured)
     # A mean of zero (all weights 0) cannot be restored; such a row stays as it is.
     scale = torch.where((after == 0) | plain, torch.ones_like(after), before / after)
     return (weighted * scale[:, None, None]).to(hidden_BTD.dtype)

@@ -233,6 +233,7 @@ PIVOTAL_CASES = [
     ),
 ]
 MERGED = {"network_module": ["networks.lora"], "network_weights": [__file__], "network_merge": True}
+OVER = {"image_path": __file__, "mask_path": __file__}
 HIGHRES = {"highres_fix_scale": 0.5}
 GENERATOR_CASES = [
     ("checkpoint_is_named", {"ckpt": ""}, "ckpt is missing"),
@@ -283,6 +284,13 @@ GENERATOR_CASES = [
         {"compile": True, "control_net_lllite_models": [__file__], "guide_image_path": [__file__]},
         "compile cannot act",
     ),
+    ("colours_have_a_mask", {"network_regional_mask_max_color_codes": 3}, "no network acts in parts"),
+    ("colours_have_a_mask", MERGED | OVER | {"network_regional_mask_max_color_codes": 3}, "no network acts in parts"),
+    ("regional_networks_are_live", {**MERGED, **OVER, "network_merge": False, "network_pre_calc": True}, "everywhere"),
+    ("there_is_a_picture_to_draw_over", MERGED | {"mask_path": __file__}, "mask_path cannot act"),
+    ("there_is_a_picture_to_embed", {"clip_vision_strength": 1.0}, "there is no picture to embed"),
+    ("there_is_a_picture_to_embed", {"clip_vision_model": "a/b"}, "cannot act without a strength"),
+    ("arguments_have_a_module", {"prompter_module_args": "a"}, "no program makes prompts"),
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),
     (
         "a_grid_has_prompts",
@@ -739,12 +747,19 @@ def test_generator_reads_networks(tmp_path):
 
 
 def test_scales_of_guidance_that_act_on_no_prompt_are_announced():
-    base = {"ckpt": "tiny", "prompt": "a cat", "negative_scale": 3.0, "guidance_rescale": 0.5}
-    assert [n.split()[0] for n in make_config("sdxl_gen_img", **base, scale=1.0).notices] == [
-        "negative_scale",
-        "guidance_rescale",
-    ]
+    options = {"negative_scale": 3.0, "guidance_rescale": 0.5, "original_width_negative": 9,
+               "original_height_negative": 9}  # fmt: skip
+    base = {"ckpt": "tiny", "prompt": "a cat", **options}
+    assert [n.split()[0] for n in make_config("sdxl_gen_img", **base, scale=1.0).notices] == list(options)
     assert make_config("sdxl_gen_img", **base).notices == []
+
+
+def test_a_mask_of_networks_leaves_nothing_of_the_picture_that_is_drawn_over():
+    base = {"ckpt": "tiny", "prompt": "a cat", **OVER}
+    assert make_config("sdxl_gen_img", **base).notices == []
+    (notice,) = make_config("sdxl_gen_img", **base, **{**MERGED, "network_merge": False}).notices
+    assert "the whole of image_path is drawn anew" in notice
+    assert make_config("sdxl_gen_img", **base, **MERGED).notices == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from library.inference.controls import check_samples, guide_images, load_control
 from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.launch import generate
 from library.inference.prompt_line import parse_sample_line
+from library.inference.regional import Regional
 from library.inference.request import GenRequest
 from library.inference.sample_prompts import read_prompt_file
 from library.io.safetensors_file import save
@@ -198,3 +199,15 @@ def test_sample_prompts_name_their_image_in_every_form_of_file(places, tmp_path)
     for request, what in ((REQUEST, "has no control image"), (guided(places, "zz"), "does not exist")):
         with pytest.raises(UserError, match=what):
             check_samples([request], where="p.txt")
+
+
+def test_control_images_reach_every_sub_prompt_of_their_picture(bundle, places, loaded):
+    white = torch.full((8, 8, 3), 255, dtype=torch.uint8)
+    plain = [guided(places, "a"), guided(places, "b")]
+    parted = [GenRequest(**{**vars(request), "prompt": "a red circle AND a red circle"}) for request in plain]
+    with loaded("1") as controls:
+        expected = [p for _, p in generate(bundle, plain, batch_size=2, followers=[controls])]
+        followers = [controls, Regional(bundle.unet, [], white)]
+        found = [p for _, p in generate(bundle, parted, batch_size=2, followers=followers)]
+    a, b, c, d = (np.asarray(picture).astype(int) for picture in (*expected, *found))
+    assert np.abs(a - c).max() <= 1 and np.abs(b - d).max() <= 1 and np.abs(a - b).mean() > 1

@@ -113,7 +113,7 @@ def test_the_problems_of_all_lines_are_told_at_once_with_file_and_line(tmp_path)
 
 def test_the_page_about_prompts_says_what_happens():
     page = (ROOT / "docs" / "prompts.md").read_text("utf-8")
-    source = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    _, source = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     namespace = {}
     exec(source, namespace)
     requests = namespace["requests"]

@@ -122,7 +122,7 @@ def test_effects_of_the_command_line_are_where_a_line_starts():
         ("a --f ../x", "../x", "without a folder", ""),
         ("a --f x.bmp", "x.bmp", "must end in .png", ""),
         ("a --f ..", "..", "cannot be a file's name", ""),
-        ("a cat AND a dog --w 64", "AND", "regional networks are not supported yet", "small letters"),
+        ("a cat AND a dog --w 64", "AND", "there are none that do so", "small letters"),
     ],
 )  # fmt: skip
 def test_what_cannot_act_is_shown_with_a_caret(line, marked, words, fix):
@@ -135,6 +135,18 @@ def test_what_cannot_act_is_shown_with_a_caret(line, marked, words, fix):
     place = len(carets) - len(carets.lstrip())
     assert carets.strip() == "^" * max(1, len(marked) if len(line) < 100 else len(carets.strip()))
     assert shown[place : place + len(marked)] == marked
+
+
+def test_sub_prompts_are_for_networks_that_act_in_parts_of_the_picture():
+    line = "a cat AND a dog AND a red cross --w 64"
+    for regions in (1, 2, 3):
+        assert parse_line(line, DEFAULTS, regions=regions).prompt == "a cat AND a dog AND a red cross"
+    with pytest.raises(UserError) as error:
+        parse_line(PromptLine(line), DEFAULTS, regions=4)
+    (problem,) = error.value.problems
+    assert "4 networks act in parts of the picture, and the prompt has 3" in problem.what
+    assert problem.where.endswith("    " + "^" * 31)
+    assert parse_line("a cat", DEFAULTS, regions=1).prompt == "a cat"
 
 
 def test_all_problems_of_a_line_are_told_together():

@@ -249,3 +249,24 @@ def test_pictures_are_drawn_over_by_the_prompts_that_they_hold(tmp_path, capsys)
     Image.new("RGB", (64, 64)).save(first / "plain.png")
     assert sdxl_gen_img.main(again) == 2
     assert "the picture's text holds no prompt" in capsys.readouterr().err
+
+
+def test_what_the_model_is_told_may_stand_beside_the_prompt_or_in_it(tmp_path):
+    base = ["--ckpt", "tiny", "--steps", "2", "--seed", "1", "--W", "64", "--H", "64", "--sequential_file_name"]
+    inside = " --ow 200 --oh 180 --nw 40 --nh 30 --ct 8 --cl 16"
+    beside = "--original_width 200 --original_height 180 --original_width_negative 40 --original_height_negative 30 "
+    beside += "--crop_top 8 --crop_left 16"
+    words = "a (red:1.9) circle"
+    runs = [[words], [words + inside], [words, *beside.split()], [words, "--emb_normalize_mode", "none"],
+            [words + inside, "--crop_top", "99", "--original_width", "1"]]  # fmt: skip
+    pictures, texts = [], []
+    for number, (prompt, *options) in enumerate(runs):
+        out = tmp_path / str(number)
+        assert sdxl_gen_img.main([*base, "--outdir", str(out), "--prompt", prompt, *options]) == 0
+        picture = Image.open(out / "im_000001.png")
+        pictures.append(np.asarray(picture).astype(int))
+        texts.append({name: picture.text[name] for name in ("original-width", "crop-left")})
+    plain, one, other, free, overruled = pictures
+    assert np.array_equal(one, other) and texts[1] == texts[2] == {"original-width": "200", "crop-left": "16"}
+    assert np.array_equal(one, overruled), "the prompt comes first"
+    assert np.abs(one - plain).mean() > 0.1 and np.abs(free - plain).mean() > 0.1

@@ -20,10 +20,8 @@ def _tokenize(bundle: ModelBundle, *captions: str, **options) -> Tokens:
     return sdxl.tokenize(bundle.tokenizer, list(captions), **options)
 
 
-def _generate(bundle: ModelBundle, *prompts: str, max_chunks: int = 1):
-    return sdxl.encode_text_gen(
-        bundle.text_encoder_1, bundle.text_encoder_2, bundle.tokenizer, list(prompts), max_chunks=max_chunks
-    )
+def _generate(bundle: ModelBundle, *prompts: str, **how):
+    return sdxl.encode_text_gen(bundle.text_encoder_1, bundle.text_encoder_2, bundle.tokenizer, list(prompts), **how)
 
 
 def test_tokens_have_a_chunk_dimension_and_each_encoders_padding(bundle: ModelBundle):
@@ -153,6 +151,19 @@ class TestGeneration:
             by_hand[:, 2] *= 1.8
             torch.testing.assert_close(after, by_hand * before.mean() / by_hand.mean(), rtol=1e-3, atol=1e-4)
         assert torch.equal(weighted.pooled_BP, plain.pooled_BP)
+
+    @torch.no_grad()
+    def test_weights_may_keep_the_mean_of_absolute_values_or_nothing(self, bundle: ModelBundle):
+        plain = _generate(bundle, "a red circle").hidden_BTD
+        by_hand = plain.clone()
+        by_hand[:, 2] *= 1.8
+        free = _generate(bundle, "a (red:1.8) circle", balance="none")
+        torch.testing.assert_close(free.hidden_BTD, by_hand, rtol=1e-5, atol=1e-5)
+        kept = _generate(bundle, "a (red:1.8) circle", balance="abs")
+        for part in (slice(0, 32), slice(32, 80)):
+            ratio = plain[..., part].abs().mean() / by_hand[..., part].abs().mean()
+            assert ratio < 0.99
+            torch.testing.assert_close(kept.hidden_BTD[..., part], by_hand[..., part] * ratio, rtol=1e-4, atol=1e-5)
 
     @torch.no_grad()
     def test_a_plain_prompt_beside_a_weighted_one_stays_as_it_is(self, bundle: ModelBundle):

@@ -18,18 +18,19 @@ def checkpoint_is_named(cfg: RunConfig) -> list[Problem]:
     return [Problem("ckpt is missing", fix=fix)]
 
 
-@rule("prompt", "from_file", "interactive", "image_path", runs=GENERATOR)
+@rule("prompt", "from_file", "from_module", "interactive", "image_path", runs=GENERATOR)
 def prompt_is_there(cfg: RunConfig) -> list[Problem]:
     """Drawing needs a prompt, someone to ask, or pictures that may hold one; an empty one counts when it is given."""
-    if cfg.generate.from_file or cfg.is_given("prompt") or cfg.generate.interactive or cfg.img2img.image_path:
+    made = cfg.generate.from_file or cfg.prompter.from_module
+    if made or cfg.is_given("prompt") or cfg.generate.interactive or cfg.img2img.image_path:
         return []
     return [Problem("there is no prompt", fix="give --prompt or --from_file, or --interactive to be asked")]
 
 
-@rule("shuffle_prompts", "from_file", runs=GENERATOR)
+@rule("shuffle_prompts", "from_file", "from_module", runs=GENERATOR)
 def something_is_shuffled(cfg: RunConfig) -> list[Problem]:
     """Only the prompts of a file have an order."""
-    if not cfg.generate.shuffle_prompts or cfg.generate.from_file:
+    if not cfg.generate.shuffle_prompts or cfg.generate.from_file or cfg.prompter.from_module:
         return []
     what = "shuffle_prompts has nothing to shuffle: the prompts of from_file have an order, one prompt has none"
     return conflict(cfg, what, "shuffle_prompts", fix="name from_file, or remove it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from library.config.fields import GENERATOR
+from library.config.regional_networks import num_regional
 from library.config.rules.rule import conflict, rule
 from library.config.run_config import RunConfig
 from library.errors import Problem
@@ -18,15 +19,28 @@ _OF_HIGHRES = (
 )
 
 
-@rule("image_path", "mask_path", "strength", "use_original_file_name", "highres_fix_scale", runs=GENERATOR)
+@rule(
+    "image_path",
+    "mask_path",
+    "strength",
+    "use_original_file_name",
+    "highres_fix_scale",
+    "network_weights",
+    "network_merge",
+    "network_merge_n_models",
+    runs=GENERATOR,
+)
 def there_is_a_picture_to_draw_over(cfg: RunConfig) -> list[Problem]:
     """What is said about drawing over a picture needs one."""
     options, problems = cfg.img2img, []
     if options.image_path:
         return []
-    for name in ("mask_path", "use_original_file_name"):
-        if cfg.get(name):
-            problems += conflict(cfg, f"{name} cannot act: nothing is drawn over", name, fix="name image_path")
+    if options.mask_path and not num_regional(cfg):
+        fix = "name image_path, or network_weights that are not merged and act in parts of the picture"
+        problems += conflict(cfg, "mask_path cannot act: nothing is drawn over", "mask_path", fix=fix)
+    if options.use_original_file_name:
+        what = "use_original_file_name cannot act: nothing is drawn over"
+        problems += conflict(cfg, what, "use_original_file_name", fix="name image_path")
     if options.strength is not None and not options.highres_fix_scale:
         what = "strength cannot act: nothing is drawn over"
         problems += conflict(cfg, what, "strength", fix="name image_path, or set highres_fix_scale")
