@@ -327,7 +327,7 @@ def test_the_script_draws_regions_and_refuses_what_cannot_be_parted(bundle, tmp_
     log = capsys.readouterr().err
     assert "the whole of image_path is drawn anew" in log
     one, off, *_ = [np.asarray(Image.open(path)).astype(np.int16) for path in sorted((tmp_path / "out").glob("*.png"))]
-    assert (tmp_path / "im_000001.png").is_file() and np.abs(one - off).mean() > 1
+    assert (tmp_path / "im_1000001.png").is_file() and np.abs(one - off).mean() > 1
 
     assert sdxl_gen_img.main([*base, *both, "--prompt", "a red circle"]) == 2
     assert "2 networks act in parts of the picture, and the prompt has 1" in capsys.readouterr().err
