@@ -50,12 +50,29 @@ NO_EFFECT: dict[str, tuple[frozenset[str], str]] = {
     "skip_existing": (LATENTS | TEXTS, "existing cache files are always kept when they are still right"),
     "cache_info": (SHARED, "sizes and captions are always kept in an index of each image folder"),
     "use_safetensors": (FULL | LATENTS | TEXTS, "safetensors is the only format that is written"),
-    "diffusers_xformers": (FULL | LATENTS | TEXTS, "it concerns the VAE only; --xformers sets the U-Net's attention"),
+    "diffusers_xformers": (
+        FULL | LATENTS | TEXTS | GENERATOR,
+        "it concerns the VAE only; --xformers sets the U-Net's attention",
+    ),
     "sdxl": (LATENTS | TEXTS | GENERATOR, "every model here is an SDXL model"),
     "no_preview": (GENERATOR, "no window is ever opened"),
     "clip_skip": (GENERATOR, "SDXL always uses the penultimate layer of its text encoders"),
 }
 
+
+# Refused for good: name -> (why, what to do).
+REFUSED: dict[str, tuple[str, str]] = {
+    "v1": ("v1 is for Stable Diffusion 1, which is not supported", "remove v1"),
+    "v2": ("v2 is for Stable Diffusion 2, which is not supported", "remove v2"),
+    "vae_slices": (
+        "vae_slices is not supported: the VAE is not cut into slices here",
+        "use vae_tiling",
+    ),
+    "force_scheduler_zero_steps_offset": (
+        "force_scheduler_zero_steps_offset is not supported: drawing over a picture begins at the step of its strength",
+        "remove it",
+    ),
+}
 
 # Keys of the dataset file that sd-scripts accepts as flags and does not use.
 _DATASET_FILE_ONLY = frozenset({"conditioning_data_dir"})
@@ -112,8 +129,9 @@ def foreign_flag(name: str, value: Any, *, run: str, where: str) -> Problem | No
         return Problem(f"{name} is not an option", where, suggestion or f"see {RUNS[run].script} --help")
     if known.letters == {"x"}:
         return Problem(f"{name} only acts for other model families; SDXL has no use for it", where, f"remove {name}")
-    if name == "v2":
-        return Problem("v2 is for Stable Diffusion 2, which is not supported", where, "remove v2")
+    if name in REFUSED:
+        what, fix = REFUSED[name]
+        return Problem(what, where, fix)
     if not known.letters & RUNS[run].letters:
         what = f"{name} is not supported yet (sd-scripts has it in {', '.join(known.scripts)})"
         return Problem(what, where, suggestion or f"remove {name}")

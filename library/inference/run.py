@@ -26,7 +26,7 @@ from library.inference.plan import PlanOptions, plan
 from library.inference.prediction import settle
 from library.inference.ranks import share_of
 from library.inference.regional import only_of, read_regions
-from library.inference.request import CELL, GenRequest, with_open_sides
+from library.inference.request import GenRequest, with_open_sides
 from library.inference.samplers import make_scheduler
 from library.inference.settings import check_strengths_act, defaults_of, lines_and_sources
 from library.inference.source_pictures import with_sources
@@ -36,7 +36,6 @@ from library.inference.wildcards import Wildcards
 from library.log import get_logger
 from library.models.bundle import ModelBundle
 from library.models.checkpoint import read_arch
-from library.sizes import Size
 
 if TYPE_CHECKING:
     from library.config.generate import GenerateOptions
@@ -117,7 +116,7 @@ class _Studio:
     def draw(self, pictures: Sequence[GenRequest]) -> Job:
         """Draw pictures, which are written when it returns. UserError when the memory of the device is too small."""
         options = self.options
-        native = _native_size(self.bundle)
+        native = self.bundle.native_size
         over = with_sources(pictures, *self.sources, start=self.album.count)
         sized = [with_open_sides(picture, native) for picture in over]
         requests = with_guides(sized, self.guides, start=self.album.count)
@@ -188,12 +187,6 @@ def _load(cfg: "RunConfig", *, local_rank: int = 0) -> ModelBundle:
     bundle = load_for_drawing(options.ckpt, how, device=best_device(local_rank))
     settle(cfg, bundle)
     return bundle
-
-
-def _native_size(bundle: ModelBundle) -> Size:
-    """The size that the model was made for: 1024 for SDXL, 128 for `tiny`."""
-    native = bundle.arch.facts.sample_size * CELL
-    return Size(native, native)
 
 
 def _vae_batch_size(options: "GenerateOptions") -> int | None:

@@ -60,14 +60,21 @@ def with_sources(
     taken = []
     for number, request in enumerate(requests, start):
         image, mask = images[number % len(images)], masks[number % len(masks)] if masks else None
-        sized = replace(request, size=_fitting(request.size, read_size(image)))
-        taken.append(replace(sized, image=image, mask=mask))
+        taken.append(with_image_size(replace(request, image=image, mask=mask)))
     return taken
 
 
+def with_image_size(request: GenRequest) -> GenRequest:
+    """A request with the size or shape of its image on the sides that are open; without an image, as it is."""
+    image = request.image
+    if image is None or (request.size.w and request.size.h):
+        return request
+    return replace(
+        request, size=_fitting(request.size, read_size(image) if isinstance(image, str) else Size(*image.size))
+    )
+
+
 def _fitting(size: Size, image: Size) -> Size:
-    if size.w and size.h:
-        return size
     if size.w or size.h:
         scale = size.w / image.w if size.w else size.h / image.h
         return Size(size.w or _whole(image.w * scale, CELL), size.h or _whole(image.h * scale, CELL))

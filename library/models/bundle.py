@@ -9,10 +9,11 @@ from torch import Tensor
 
 from library.diffusion.schedule import NoiseSchedule
 from library.diffusion.targets import PredictionType
-from library.models.arch import Part, SdxlArch
+from library.models.arch import LATENT_FACTOR, Part, SdxlArch
 from library.models.configs import SCALING_FACTOR
 from library.models.prediction import Stated, schedule_for
 from library.models.tokenizers import ClipTokenizer
+from library.sizes import Size
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -56,6 +57,12 @@ class ModelBundle:
     def text_widths(self) -> tuple[int, int]:
         """Widths of the two encoders' hidden states: (768, 1280) in SDXL."""
         return self.arch.text_widths
+
+    @property
+    def native_size(self) -> Size:
+        """The size in pixels that the model was made for: 1024 x 1024 for SDXL, 128 x 128 for `tiny`."""
+        side = self.arch.facts.sample_size * LATENT_FACTOR
+        return Size(side, side)
 
     def vae_id(self) -> str:
         """Short hex identity of the VAE's stored weights: equal for equal weights, whatever file they are in."""

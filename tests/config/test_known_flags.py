@@ -4,7 +4,15 @@ import pytest
 
 from library.config.cli import parse
 from library.config.fields import Option
-from library.config.known_flags import COMMAND_LINE_ONLY, NO_EFFECT, KnownFlag, foreign_flag, known_flags
+from library.config.known_flags import (
+    COMMAND_LINE_ONLY,
+    NO_EFFECT,
+    REFUSED,
+    KnownFlag,
+    foreign_flag,
+    known_flags,
+    notice_without_effect,
+)
 from library.config.runs import RUNS
 from library.errors import UserError
 
@@ -112,3 +120,14 @@ def test_flags_without_effect_are_known_and_not_options():
 def test_a_folder_of_masks_belongs_to_a_subset():
     problem = foreign_flag("conditioning_data_dir", "masks", run="sdxl_train_network", where="command line")
     assert "in the dataset file only" in problem.what and "[[datasets.subsets]]" in problem.fix
+
+
+def test_every_flag_of_sd_scripts_generator_acts_or_is_explained():
+    options = RUNS["sdxl_gen_img"].options()
+    flags = {name for name, flag in known_flags().items() if "G" in flag.letters}
+    assert len(flags) == 78
+    for name in flags - set(options):
+        reason = notice_without_effect(name, "sdxl_gen_img") or REFUSED.get(name, [""])[0]
+        assert reason.startswith(name) and len(reason) > len(name) + 20, name
+    with pytest.raises(UserError, match=r"(?s)vae_slices is not supported: .*use vae_tiling"):
+        parse("sdxl_gen_img", ["--ckpt", "tiny", "--prompt", "a", "--vae_slices", "4"])
