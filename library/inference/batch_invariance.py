@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -37,14 +38,14 @@ def batch_invariant(model: nn.Module, pictures: int) -> Iterator[None]:
             yield
         return
     # A plain model calls its products from its layers alone, and to watch these costs less than to watch everything.
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for layer in layers:
-        layer.__dict__["forward"] = _forward(layer, apart)
+    changed = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | Attention)]
+    for module in changed:
+        module.__dict__["forward"] = _forward(module, apart)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.__dict__["forward"]
+        for module in changed:
+            del module.__dict__["forward"]
 
 
 class _Apart:
@@ -102,10 +103,15 @@ def _is_extended(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _forward(layer: nn.Linear | nn.Conv2d, apart: _Apart) -> Callable[[Tensor], Tensor]:
+def _forward(layer: nn.Module, apart: _Apart) -> Callable[..., Tensor]:
+    if isinstance(layer, Attention):
+        # Over pictures it returns a pixel's channels side by side in memory, which norms of several rows sum otherwise
+        # than those of a single row, where the memory layout is not to be told.
+        attend = layer.forward
+        return lambda *args, **kwargs: attend(*args, **kwargs).contiguous()
     if isinstance(layer, nn.Linear):
         return lambda x: apart(F.linear, (x, layer.weight, layer.bias))
-    assert layer.padding_mode == "zeros", "diffusers' models have no other"
+    assert isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros", "the models have no other"
     how = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return lambda x: apart(F.conv2d, (x, layer.weight, layer.bias, *how))
 

@@ -89,8 +89,6 @@ def run(cfg: "RunConfig") -> list[Path]:
     add_words(bundle, words)
     if cfg.drawing_speed.compile:
         compile_blocks(bundle)
-    if cfg.drawing_speed.compile:
-        compile_blocks(bundle)
     job = studio.draw(pictures)
     if grid:
         album.add_sheets(grid.sheets, job)

@@ -71,7 +71,7 @@ class Stage:
             calls = num_timesteps(scheduler, init.skipped)
         advance = len(batch) * steps / calls
         working, unet = all_on(self.followers, batch, calls=calls, device=device), self.bundle.unet
-        with working as before_call, batch_invariant(unet, len(batch)), steady_attention(unet):
+        with torch.inference_mode(), working as before_call, batch_invariant(unet, len(batch)), steady_attention(unet):
             return denoise(
                 self._predict(batch, device, calls, before_call),
                 noise,
