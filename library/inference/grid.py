@@ -63,7 +63,8 @@ def read_axes(words: Sequence[str], *, num_networks: int = 0) -> tuple[Axis, Axi
 
     Raises UserError with a caret for what is not known, cannot be read or is there twice.
     """
-    line = PromptLine(re.sub(r"\s*([=,/])\s*", r"\1", " ".join(words)), _WHERE)
+    typed = re.sub(r"[\"']", " ", " ".join(words))  # those of a shell, within others that the shell has taken away
+    line = PromptLine(re.sub(r"\s*([=,/])\s*", r"\1", typed), _WHERE)
     axes: list[Axis] = []
     problems: list[Problem] = []
     for match in re.finditer(r"\S+", line.text):

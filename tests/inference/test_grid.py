@@ -43,6 +43,7 @@ def told(grid, number, field):
         ("seeds=3,1 × prompts", Axis("seeds", (3, 1)), Axis("prompts")),
         ("steps=10,20 scale=3,7.5", Axis("steps", (10, 20)), Axis("scale", (3.0, 7.5))),
         ("steps = 10, 20", Axis("prompts"), Axis("steps", (10, 20))),
+        ('prompts x "steps=10,20"', Axis("prompts"), Axis("steps", (10, 20))),
         ("network_mul=0,0.5/1,-1", Axis("prompts"), Axis("network_mul", ((0.0,), (0.5, 1.0), (-1.0,)))),
         (
             "size=512x768,64X64 negative_scale=none,2",
