@@ -7,7 +7,7 @@ random numbers, and those whose rows are not the same in a batch as in the call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,8 @@ _verdicts: dict[tuple[int, int], dict[Any, bool]] = {}  # by number of pictures 
 
 
 @contextmanager
-def batch_invariant(model: nn.Module, pictures: int) -> Iterator[None]:
-    """Let a model give the rows of `pictures` pictures the numbers that they get alone.
+def batch_invariant(model: nn.Module, pictures: int, *, beside: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Let a model, and those that work beside it, give the rows of `pictures` pictures the numbers that they get alone.
 
     The rows of a batch are branches of guidance, one after the other, each with a row per picture; row i belongs to
     picture i % pictures. Nothing is done for one picture, away from the CPU, or with compiled blocks.
@@ -33,12 +33,13 @@ def batch_invariant(model: nn.Module, pictures: int) -> Iterator[None]:
         yield
         return
     apart = _Apart(pictures)
-    if any(_is_extended(module) for module in model.modules()):
+    modules = [module for each in (model, *beside) for module in each.modules()]
+    if any(_is_extended(module) for module in modules):
         with _Everywhere(apart):
             yield
         return
     # A plain model calls its products from its layers alone, and to watch these costs less than to watch everything.
-    changed = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | Attention)]
+    changed = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d | Attention)]
     for module in changed:
         module.__dict__["forward"] = _forward(module, apart)
     try:

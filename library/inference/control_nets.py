@@ -97,6 +97,11 @@ class ControlNets:
     def __init__(self, nets: Sequence[ControlNet], *, first: int = 0) -> None:
         self.nets, self.first = tuple(nets), first
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """What is called beside the U-Net."""
+        return [model for net in self.nets for model in (net.network, net.embed)]
+
     @contextmanager
     def on(self, batch: Sequence[GenRequest], *, calls: int, device: torch.device) -> Iterator[BeforeCall | None]:
         """Add up the residuals for a batch whose requests are all of one size; a network of ratio r is left out from

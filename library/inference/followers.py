@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.diffusion.conditioning import TextCond
 from library.inference.request import GenRequest
@@ -44,6 +44,11 @@ class Follower(Protocol):
         be left afterwards, whatever happened.
         """
         ...
+
+
+def models_of(followers: Sequence[Follower]) -> list[nn.Module]:
+    """The models that followers call beside the U-Net; those that have any name them as `models`."""
+    return [model for follower in followers for model in getattr(follower, "models", ())]
 
 
 @contextmanager

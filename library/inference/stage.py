@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.inference.batch_invariance import batch_invariant
 from library.inference.denoise import denoise
 from library.inference.effects import Cells
-from library.inference.followers import Follower, UNetCall, all_on
+from library.inference.followers import Follower, UNetCall, all_on, models_of
 from library.inference.gradual_latent import GradualScheduler
 from library.inference.guidance import Branch, Guidance, guided
 from library.inference.img2img import Init, init_noise, num_timesteps
@@ -71,7 +71,8 @@ class Stage:
             calls = num_timesteps(scheduler, init.skipped)
         advance = len(batch) * steps / calls
         working, unet = all_on(self.followers, batch, calls=calls, device=device), self.bundle.unet
-        with torch.inference_mode(), working as before_call, batch_invariant(unet, len(batch)), steady_attention(unet):
+        invariant = batch_invariant(unet, len(batch), beside=models_of(self.followers))
+        with torch.inference_mode(), working as before_call, invariant, steady_attention(unet):
             return denoise(
                 self._predict(batch, device, calls, before_call),
                 noise,

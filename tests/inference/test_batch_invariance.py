@@ -27,6 +27,17 @@ def careless(monkeypatch):
     return rows
 
 
+def test_models_beside_it_are_watched_too(careless):
+    g = torch.Generator().manual_seed(0)
+    model, other, x = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 2)), torch.randn(6, 4, generator=g)
+    with torch.no_grad():
+        alone = [other(x[index::3]) for index in range(3)]
+        with batch_invariant(model, 3, beside=[other]):
+            together = other(x)
+    assert all(torch.equal(together[index::3], alone[index]) for index in range(3))
+    assert "forward" not in other[0].__dict__
+
+
 @pytest.mark.parametrize("extended", [False, True], ids=["layers", "everywhere"])
 def test_products_that_depend_on_the_batch_are_computed_apart(careless, extended):
     g = torch.Generator().manual_seed(0)
