@@ -108,7 +108,7 @@ def generate(
         for part in _parts(requests, batch_size):
             encode_missing(bundle, part, conditioning, device=device, networks=networks)
             with _on(device, bundle.unet, bundle.vae):
-                for batch in batches(part, batch_size, conditioning.num_positions):
+                for batch in batches(part, batch_size, conditioning.layout):
                     if batch[0].image is not None or batch[0].highres is not None:
                         decoder.wait()
                     with at_strengths(networks, batch[0].network_muls):
@@ -139,13 +139,13 @@ def _parts(requests: Sequence[GenRequest], batch_size: int) -> Iterator[Sequence
 
 
 def batches(
-    requests: Sequence[GenRequest], batch_size: int, num_positions: Callable[[GenRequest], int]
+    requests: Sequence[GenRequest], batch_size: int, layout: Callable[[GenRequest], Any]
 ) -> Iterator[list[GenRequest]]:
-    """Runs of neighbours that can be drawn together, cut at batch_size. num_positions: length of a request's texts."""
+    """Runs of neighbours that can be drawn together, cut at batch_size. layout: of a request's texts."""
 
     def together(request: GenRequest) -> Any:
         sources = len(request.control), request.image is None, request.mask is None
-        return request.settings(), sources, num_positions(request)
+        return request.settings(), sources, layout(request)
 
     for _, neighbours in groupby(requests, key=together):
         run = list(neighbours)

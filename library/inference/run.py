@@ -149,12 +149,12 @@ class _Studio:
     def _batches(self, requests: Sequence[GenRequest]) -> list[int]:
         """How many requests are drawn at once, batch after batch."""
 
-        def num_positions(request: GenRequest) -> int:
+        def layout(request: GenRequest) -> tuple[int, int]:
             if self.texts.form.max_chunks > 1:  # how long prompts are decides who goes with whom
                 encode_missing(self.bundle, [request], self.texts, networks=self.networks)
-            return self.texts.num_positions(request)
+            return self.texts.layout(request)
 
-        return [len(batch) for batch in batches(requests, self.options.batch_size, num_positions)]
+        return [len(batch) for batch in batches(requests, self.options.batch_size, layout)]
 
 
 def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:

@@ -78,11 +78,17 @@ class Conditioning:
         return len(self._prompts(request))
 
     def num_positions(self, request: GenRequest) -> int:
-        """T (or n T) of a request's rows: only equal ones go into one batch. Prompts of one length need not be encoded
-        yet."""
+        """T (or n T) of a request's rows. Prompts of one length need not be encoded yet."""
         if not self._pairs:
             return self.num_parts(request) * (CHUNK * self.form.max_chunks + 2)
         return self.text(request).hidden_BTD.shape[1]
+
+    def layout(self, request: GenRequest) -> tuple[int, int]:
+        """n and n T of a request's rows, which have to be equal in a batch: two long parts are as long as four short.
+
+        Encoded or not, as `num_positions`.
+        """
+        return self.num_parts(request), self.num_positions(request)
 
     def holds(self, request: GenRequest) -> bool:
         """Whether all texts of a request are encoded; those count as asked for."""

@@ -217,13 +217,13 @@ def test_batches_stay_what_they_were_and_names_what_they_are_to_be(tmp_path):
     a, b, c, other, d, e = (GenRequest("a", seed=seed, steps=9 if seed == 3 else 8) for seed in range(6))
     everything, sizes = (a, b, c, other, d, e), [2, 1, 1, 2]
     form = Conditioning(TextForm())
-    assert [len(batch) for batch in launch.batches(everything, 2, form.num_positions)] == sizes
+    assert [len(batch) for batch in launch.batches(everything, 2, form.layout)] == sizes
     drawn(album(tmp_path, sequential_file_name=True), *everything)
     for number in (3, 5, 6):
         (tmp_path / f"im_{number:06d}.png").unlink()
     options = {"resume_bulk": True, "sequential_file_name": True}
     job = album(tmp_path, **options).job(everything, lambda: sizes)
-    assert [[request.seed for request in batch] for batch in launch.batches(job.todo, 2, form.num_positions)] == [
+    assert [[request.seed for request in batch] for batch in launch.batches(job.todo, 2, form.layout)] == [
         [2],
         [4, 5],
     ]

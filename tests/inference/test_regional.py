@@ -291,6 +291,19 @@ def test_regions_are_gone_after_a_batch_and_places_in_it_do_not_matter(own):
     assert not any(module._forward_pre_hooks for module in model.unet.modules())
 
 
+def test_sub_prompts_of_other_lengths_share_no_batch(bundle):
+    two = replace(REQUEST, prompt="a circle, " * 40 + " AND a star", steps=1, scale=1.0)
+    four = replace(two, prompt="a AND b AND c AND d")
+    form = TextForm("generate", 2)  # two of 154 positions are as long as four of 77
+
+    def pictures(batch_size):
+        followers = [Regional(bundle.unet, [], LEFT_RIGHT)]
+        made = generate(bundle, [two, four], batch_size=batch_size, followers=followers, conditioning=form)
+        return [picture.tobytes() for _, picture in made]
+
+    assert pictures(2) == pictures(1)
+
+
 # --- the script --------------------------------------------------------------------------------------------------
 
 
