@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from library.config.regional_networks import num_regional
 from library.errors import Problem, UserError
 from library.inference.grid import Sheet
 from library.inference.grid_files import write_sheet
@@ -38,7 +39,7 @@ _NOT_SEEN = frozenset({
     "image_path", "mask_path", "strength", "use_original_file_name", "highres_fix_scale", "highres_fix_steps",
     "highres_fix_strength", "highres_fix_save_1st", "highres_fix_latents_upscaling", "highres_fix_disable_control_net",
     "console_log_level", "console_log_file", "console_log_simple", "parameters_file", "resume_bulk",
-    "prompts_per_rank", "grid",
+    "prompts_per_rank", "grid", "from_module", "prompter_module_args",
 })  # fmt: skip
 
 
@@ -237,11 +238,14 @@ def _has_repeats(log: PictureLog) -> bool:
 
 
 def _settings(cfg: RunConfig) -> dict[str, Any]:
-    """What decides, beside the requests, how pictures look and are written; files with their size and time."""
+    """What decides, beside the requests, how pictures look and are written; files with their size and time.
+
+    A mask that says where networks act belongs to no request.
+    """
     settings: dict[str, Any] = {}
     for group in cfg.groups.values():
         for name, option in type(group).options().items():
-            if name not in _NOT_SEEN:
+            if name not in _NOT_SEEN or (name == "mask_path" and num_regional(cfg)):
                 value = getattr(group, name)
                 settings[name] = value
                 if option.is_path and value:

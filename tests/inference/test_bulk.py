@@ -244,6 +244,19 @@ def test_what_other_files_have_drawn_is_drawn_again(tmp_path):
         assert len(drawn(album(tmp_path / "out", **options), *requests).todo) == num_drawn
 
 
+def test_what_networks_have_drawn_in_other_places_is_drawn_again(tmp_path):
+    mask, network = tmp_path / "mask.png", tmp_path / "network.safetensors"
+    for file in (mask, network):
+        file.write_bytes(b"1")
+    regional = {"mask_path": str(mask), "network_weights": [str(network)], "network_module": ["networks.lora"]}
+    options = {"resume_bulk": True, "sequential_file_name": True, **regional}
+    request = GenRequest("a AND b", seed=1)
+    for changed, num_drawn in ((False, 1), (False, 0), (True, 1)):
+        if changed:
+            mask.write_bytes(b"22")
+        assert len(drawn(album(tmp_path / "out", **options), request).todo) == num_drawn
+
+
 def test_pictures_in_two_sizes_go_on_one_by_one(tmp_path):
     options = {"sequential_file_name": True}
     requests = [GenRequest("a", seed=seed, highres=HighresFix(0.5, save_first=True)) for seed in (1, 2)]
