@@ -774,6 +774,8 @@ def test_a_mask_of_networks_leaves_nothing_of_the_picture_that_is_drawn_over():
         {"gradual_latent_timesteps": 500, "sampler": "k_euler_a", "gradual_latent_unsharp_params": "3,0.5,0.5"},
         {"gradual_latent_ratio": 0.4, "prompt": "a --gle 3", "sampler": "euler_a_karras"},
         {"gradual_latent_s_noise": 0.4, "interactive": True, "sampler": "euler_a"},
+        {"ds_ratio": 0.4, "from_module": __file__},
+        {"gradual_latent_s_noise": 0.4, "from_module": __file__, "sampler": "euler_a"},
     ],
 )
 def test_effects_that_prompts_may_ask_for_are_no_mistake(changes):

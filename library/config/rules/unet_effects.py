@@ -13,15 +13,17 @@ _GRADUAL = (
     "gradual_latent_ratio", "gradual_latent_ratio_step", "gradual_latent_every_n_steps", "gradual_latent_s_noise",
     "gradual_latent_unsharp_params",
 )  # fmt: skip
+_PROMPTS = ("prompt", "from_file", "from_module", "interactive")
 
 
 def _prompts_may_say(cfg: RunConfig, start: str) -> bool:
-    """Whether there may be prompts with options that begin so: those of a file are not read yet."""
+    """Whether there may be prompts with options that begin so: those of a file or program are not known yet."""
     options = cfg.generate
-    return bool(options.from_file or options.interactive or f"--{start}" in (options.prompt or "").lower())
+    elsewhere = options.from_file or cfg.prompter.from_module or options.interactive
+    return bool(elsewhere or f"--{start}" in (options.prompt or "").lower())
 
 
-@rule("ds_depth_1", *_SHRINK, "prompt", "from_file", "interactive", runs=GENERATOR)
+@rule("ds_depth_1", *_SHRINK, *_PROMPTS, runs=GENERATOR)
 def deep_shrink_can_act(cfg: RunConfig) -> list[Problem]:
     """What is said about Deep Shrink has a depth, here or in a prompt, and the second one timesteps of its own."""
     options, problems = cfg.unet_effects, []
@@ -39,9 +41,7 @@ def deep_shrink_can_act(cfg: RunConfig) -> list[Problem]:
     return problems
 
 
-@rule(
-    "gradual_latent_timesteps", *_GRADUAL, "sampler", "image_path", "prompt", "from_file", "interactive", runs=GENERATOR
-)
+@rule("gradual_latent_timesteps", *_GRADUAL, "sampler", "image_path", *_PROMPTS, runs=GENERATOR)
 def gradual_latent_can_act(cfg: RunConfig) -> list[Problem]:
     """What is said about Gradual Latent is asked for, here or in a prompt; the sampler is euler_a, the start noise."""
     begins, sampler, problems = cfg.unet_effects.gradual_latent_timesteps, cfg.generate.sampler, []
