@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from library.inference.prompt_source import PromptLine
 if TYPE_CHECKING:
     from library.config.run_config import RunConfig
 
+_NAME = "prompt_module_of_the_run"
 MOST = 100_000  # prompts of one time through; a program that gives more has no end
 
 
@@ -67,9 +69,10 @@ def prompt_module(cfg: RunConfig) -> PromptModule | None:
 
 
 def _imported(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prompt_module", Path(path))
+    spec = importlib.util.spec_from_file_location(_NAME, Path(path))
     if spec is None or spec.loader is None:
         raise UserError("this is no Python file", path, "name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickles look for the module of a class
     spec.loader.exec_module(module)
     return module

@@ -76,6 +76,24 @@ def test_pictures_of_one_time_through_share_seeds_that_the_program_knows(asked):
     assert [call[1] for call in lines._prompter.__call__.__globals__["calls"]] == [first[0]] * 3 + [second[0]] * 3
 
 
+def test_a_program_may_have_dataclasses(asked):
+    text = """
+from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Prompter:
+    words: list[str]
+
+    def __call__(self, *told):
+        return self.words.pop() if self.words else None
+
+def get_prompter(args, pipe, networks):
+    return Prompter(["a cat"])
+"""
+    assert [request.prompt for request in planned(asked(text))] == ["a cat", "a cat"]
+
+
 def test_a_single_prompt_takes_the_seed_itself(asked):
     lines = asked(prompter_module_args="red")
     (request,) = plan(lines, GenRequest(), PlanOptions(seed=7))
