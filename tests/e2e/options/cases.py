@@ -319,21 +319,38 @@ CASES = {
 
 # What a mode needs otherwise: pictures with conditions, captions with the token.
 NO_FOLDERS = {"train_data_dir": None, "conditioning_data_dir": None}
-OTHER_PICTURES = Case("{folder}/others", level="batches")
 IN_MODE: dict[str, dict[str, Case]] = {
     TOKENS: {
-        "train_data_dir": OTHER_PICTURES,
+        "train_data_dir": Case("{folder}/more", level="batches"),
         "token_string": Case("circle"),
         "text_cache_variants": Case(3),
         "text_encoder_batch_size": Case(3),
     },
     LLLITE: {
-        "train_data_dir": OTHER_PICTURES,
+        "train_data_dir": Case("{folder}/others", level="batches"),
         "network_dim": Case(6),
         "dataset_config": Case("{folder}/masks.toml", NO_FOLDERS, level="batches"),
         "prior_loss_weight": Case(0.25, {**NO_FOLDERS, "dataset_config": "{folder}/reg.toml"}, level="batches"),
     },
 }
+
+
+# What is refused: where the computer lacks something, and in a mode that has no place for it. Nothing else may be, or a
+# case whose value does not fit the mode would pass.
+REFUSED = {"xformers", "full_fp16", "log_with"}
+REFUSED_IN = {
+    "sdxl_train_network": {"save_model_as"},
+    TOKENS: {
+        "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_cache_variants",
+        "text_encoder_batch_size", "save_model_as",
+    },
+    LLLITE: {"reg_data_dir", "masked_loss", "save_model_as"},
+}  # fmt: skip
+
+
+def may_be_refused(run: str, name: str) -> bool:
+    """Whether a training mode may refuse an option, whatever its value."""
+    return name in REFUSED | REFUSED_IN.get(run, set())
 
 
 def cases_of(run: str) -> dict[str, Case]:
@@ -350,4 +367,4 @@ def filled(value: Any, *, folder: Path, run: str, out: str) -> Any:
     return value
 
 
-__all__ = ["CASES", "Case", "Seen", "cases_of", "filled"]
+__all__ = ["CASES", "Case", "Seen", "cases_of", "filled", "may_be_refused"]

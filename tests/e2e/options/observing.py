@@ -88,7 +88,7 @@ def furnish(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what a run left beside the pictures: another would find its latents there."""
-    for place in ("images/1_thing", "others", "regularisation/1_plain"):
+    for place in ("images/1_thing", "others", "more/1_square", "regularisation/1_plain"):
         for path in (folder / place).iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -131,6 +131,7 @@ def _pictures(folder: Path) -> None:
             (folder / name).mkdir(exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(folder / name / f"{stem}.png")
         (folder / "others" / f"{stem}.txt").write_text("a zxq square")
+    shutil.copytree(folder / "others", folder / "more" / "1_square")
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
         folder / "regularisation" / "1_plain" / "r.png"
     )
