@@ -1,6 +1,9 @@
 """Whether Deep Shrink and Gradual Latent can act on the pictures of a run, before any of them is drawn."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from library.config.choices import split_sampler
 from library.errors import UserError
@@ -14,11 +17,41 @@ from library.inference.samplers import make_scheduler
 from library.log import get_logger
 from library.models.bundle import ModelBundle
 
+if TYPE_CHECKING:
+    from library.config.run_config import RunConfig
+
 logger = get_logger(__name__)
 
 
-def check_effects(requests: Sequence[GenRequest], bundle: ModelBundle, followers: Sequence[Follower] = ()) -> None:
-    """Raise UserError for pictures that cannot have Deep Shrink or Gradual Latent; warn of a shrink that never acts."""
+def check_effects_asked_for(cfg: RunConfig, requests: Sequence[GenRequest]) -> None:
+    """Before the model is loaded: raise UserError for Deep Shrink with LLLites, and warn of options without effect.
+
+    Those are options of an effect that no prompt has; what will be typed is not known.
+    """
+    if cfg.generate.control_net_lllite_models:
+        for request in requests:
+            _refuse_lllites(request)
+    for start, name, depth, is_on in (
+        ("ds_", "Deep Shrink", "ds_depth_1, or --dsd1", any(request.deep_shrink.is_on for request in requests)),
+        (
+            "gradual_latent_",
+            "Gradual Latent",
+            "gradual_latent_timesteps, or --glt",
+            any(request.gradual_latent.is_on for request in requests),
+        ),
+    ):
+        given = [option for option in type(cfg.unet_effects).options() if option.startswith(start)]
+        for option in filter(cfg.is_given, [] if is_on or cfg.generate.interactive else given):
+            logger.warning("%s has no effect: no prompt has %s (%s in a prompt)", option, name, depth)
+
+
+def check_effects(
+    requests: Sequence[GenRequest], bundle: ModelBundle, followers: Sequence[Follower] = (), *, told: bool = True
+) -> None:
+    """Raise UserError for pictures that cannot have Deep Shrink or Gradual Latent.
+
+    told: warn of a shrink that never acts.
+    """
     drawn = [request for request in requests if request.deep_shrink.is_on or request.gradual_latent.is_on]
     drawn = [request if request.highres is None else first_stage(request) for request in drawn]
     for request in {(request.settings(), request.image is not None): request for request in drawn}.values():
@@ -26,10 +59,17 @@ def check_effects(requests: Sequence[GenRequest], bundle: ModelBundle, followers
         if request.gradual_latent.is_on:
             full = _check_gradual(request, bundle, full)
         if request.deep_shrink.is_on and any(isinstance(one, Controls) and one.controls for one in followers):
-            fix = "leave one of them out; ControlNets (control_net_models) go with it"
-            raise UserError("a LLLite does not fit the maps that Deep Shrink makes", request.raw or "deep_shrink", fix)
+            _refuse_lllites(request)
         if request.deep_shrink.is_on:
             _check_shrink(request, bundle, full)
+            if told:
+                _warn_of_no_shrink(request, bundle)
+
+
+def _refuse_lllites(request: GenRequest) -> None:
+    if request.deep_shrink.is_on:
+        fix = "leave one of them out; ControlNets (control_net_models) go with it"
+        raise UserError("a LLLite does not fit the maps that Deep Shrink makes", request.raw or "deep_shrink", fix)
 
 
 def _timesteps(request: GenRequest, bundle: ModelBundle) -> list[float]:
@@ -83,7 +123,10 @@ def _check_shrink(request: GenRequest, bundle: ModelBundle, smallest: Cells) -> 
     if settings.depth_2 is not None and settings.timesteps_2 >= settings.timesteps_1:
         what = f"from timestep {settings.timesteps_1} down to {settings.timesteps_2} there is nothing"
         raise UserError(f"the second depth of Deep Shrink never acts: {what}", "deep_shrink", "lower ds_timesteps_2")
-    done = _timesteps(request, bundle)
+
+
+def _warn_of_no_shrink(request: GenRequest, bundle: ModelBundle) -> None:
+    settings, done = request.deep_shrink, _timesteps(request, bundle)
     if request.image is not None:
         done = done[len(done) - len(done) * request.steps_over // request.steps :]
     if all(settings.depth_at(t) is None for t in done):

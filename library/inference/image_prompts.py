@@ -14,10 +14,11 @@ from library.inference.request import GenRequest
 from library.inference.texts import picture_key
 from library.io.images import read_image
 from library.log import get_logger
-from library.models.clip_vision import embed, load_image_encoder
+from library.models.clip_vision import check_image_encoder, embed, load_image_encoder
 
 if TYPE_CHECKING:
     from library.config.run_config import RunConfig
+    from library.models.arch import SdxlArch
     from library.models.bundle import ModelBundle
 
 logger = get_logger(__name__)
@@ -64,6 +65,13 @@ def image_prompts(cfg: RunConfig) -> ImagePrompts | None:
     if options.clip_vision_strength is None:
         return None
     return ImagePrompts(options.clip_vision_model, options.clip_vision_strength)
+
+
+def check_image_prompts(cfg: RunConfig, arch: SdxlArch | None) -> None:
+    """Raise UserError for an image encoder of another width than a model of `arch` needs (None: not known yet)."""
+    encoder = None if arch is None else arch.text_encoder_2
+    if cfg.clip_vision.clip_vision_strength is not None and encoder is not None and encoder.projection is not None:
+        check_image_encoder(cfg.clip_vision.clip_vision_model, width=encoder.projection)
 
 
 def image_pixels(picture: Image.Image, side: int) -> Tensor:

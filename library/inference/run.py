@@ -11,12 +11,12 @@ from library.errors import UserError
 from library.inference.album import Album, Job
 from library.inference.control_nets import check_control_nets, load_control_nets
 from library.inference.controls import check_models, guide_images, load_controls, with_guides
-from library.inference.effect_checks import check_effects
+from library.inference.effect_checks import check_effects, check_effects_asked_for
 from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.followers import Follower
 from library.inference.grid import plan_grid, read_axes
 from library.inference.highres import first_stage
-from library.inference.image_prompts import ImagePrompts, image_prompts
+from library.inference.image_prompts import ImagePrompts, check_image_prompts, image_prompts
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import TEXTS_KEPT, batches, encode_missing, generate
 from library.inference.loading import Loading, best_device, compile_blocks, load_for_drawing
@@ -71,11 +71,13 @@ def run(cfg: "RunConfig") -> list[Path]:
         grid = plan_grid(lines, axes, defaults, how, wildcards=wildcards)
     pictures = grid.requests if grid else plan(lines, defaults, how, wildcards=wildcards)
     check_strengths_act(pictures, sources[0])
+    check_effects_asked_for(cfg, pictures)
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
     guides = guide_images(cfg)
     arch = read_arch(options.ckpt)
     check_models(options, arch)
     check_control_nets(cfg, arch)
+    check_image_prompts(cfg, arch)
     if arch is not None:
         check_words(words, arch)
     bundle = _load(cfg, local_rank=share.local_rank)
@@ -120,7 +122,7 @@ class _Studio:
         requests = with_guides(sized, self.guides, start=self.album.count)
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
         _check_samplers(requests, self.bundle)
-        check_effects(requests, self.bundle, self.followers)
+        check_effects(requests, self.bundle, self.followers, told=False)
         job = self.album.job(requests, lambda: self._batches(requests))
         if self.image_prompts:
             self.texts.pictures |= self.image_prompts.vectors(self.bundle, job.todo)

@@ -27,13 +27,7 @@ def load_image_encoder(name: str, *, width: int, dtype: torch.dtype) -> nn.Modul
     """
     half = dtype == torch.float16
     folder = Path(name) if Path(name).is_dir() else hub.download_files(name, lambda files: _files(files, half, name))
-    config = CLIPVisionConfig(**_vision_part(read_config(folder)))
-    if config.projection_dim != width:
-        raise UserError(
-            f"the image encoder's vectors have {config.projection_dim} numbers, and the model's pooled vectors {width}",
-            where=f"clip_vision_model {name}",
-            fix="use the one that belongs to the model's text encoder: for SDXL CLIP ViT-bigG-14",
-        )
+    config = _config(folder, name, width=width)
     with torch.device("meta"):
         module = CLIPVisionModelWithProjection(config).eval()
     with ExitStack() as stack:
@@ -50,10 +44,27 @@ def load_image_encoder(name: str, *, width: int, dtype: torch.dtype) -> nn.Modul
         return filled(module, tensors, device="cpu", dtype=dtype, where=name)
 
 
+def check_image_encoder(name: str, *, width: int) -> None:
+    """Raise UserError for a folder whose encoder has another width; of a hub's model nothing is known before."""
+    if Path(name).is_dir():
+        _config(Path(name), name, width=width)
+
+
 @torch.no_grad()
 def embed(encoder: Any, pixels_B3SS: Tensor) -> Tensor:
     """Projected vectors (B, P) of pictures, in the encoder's dtype."""
     return encoder(pixel_values=pixels_B3SS.to(encoder.device, encoder.dtype)).image_embeds
+
+
+def _config(folder: Path, name: str, *, width: int) -> CLIPVisionConfig:
+    config = CLIPVisionConfig(**_vision_part(read_config(folder)))
+    if config.projection_dim != width:
+        raise UserError(
+            f"the image encoder's vectors have {config.projection_dim} numbers, and the model's pooled vectors {width}",
+            where=f"clip_vision_model {name}",
+            fix="use the one that belongs to the model's text encoder: for SDXL CLIP ViT-bigG-14",
+        )
+    return config
 
 
 def _vision_part(config: dict[str, Any]) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def test_the_script_draws_with_a_network_and_refuses_wrong_files_before_loading(
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
     save({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     monkeypatch.setattr("library.inference.run.load_for_drawing", None)
+    assert sdxl_gen_img.main([*argv.split(), *network, *guides, "--prompt", "red --dsd1 3"]) == 2
+    assert "does not fit the maps that Deep Shrink makes\n  where: red --dsd1 3" in capsys.readouterr().err
     network[1] = str(tmp_path / "lora.safetensors")
     assert sdxl_gen_img.main([*argv.split(), *network, *guides]) == 2
     told = capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sdxl_gen_img
 from library.diffusion.conditioning import TextCond
 from library.errors import UserError
 from library.inference.deep_shrink import Shrinking, count_blocks
@@ -217,3 +218,13 @@ def test_what_cannot_be_is_told_before_anything_is_drawn(bundle, settings, size,
 def test_settings_that_never_act_are_told(bundle, caplog):
     drawn(bundle, [replace(REQUEST, steps=1, size=Size(64, 64), deep_shrink=DeepShrink(3, 1000))])
     assert "Deep Shrink never acts" in caplog.text
+
+
+def test_options_of_effects_that_no_prompt_has_are_told_once(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog --dsd1 3 --dst1 1000\n")
+    argv = f"--ckpt tiny --outdir {tmp_path} --steps 1 --W 64 --H 64 --from_file {tmp_path / 'prompts.txt'}".split()
+    effects = ["--ds_ratio", "0.4", "--gradual_latent_ratio", "0.4", "--sampler", "euler_a"]
+    assert sdxl_gen_img.main([*argv, *effects]) == 0
+    told = capsys.readouterr().err
+    assert "gradual_latent_ratio has no effect: no prompt has Gradual Latent" in told and "ds_ratio" not in told
+    assert told.count("Deep Shrink never acts") == 1

@@ -107,7 +107,7 @@ def test_every_picture_speaks_for_the_prompt_that_is_drawn_over_it(bundle, folde
     assert np.abs(drawn(requests)[0] - one).mean() > 0.5
 
 
-def test_the_script_embeds_what_it_draws_over(folder, bundle, tmp_path, capsys):
+def test_the_script_embeds_what_it_draws_over(folder, bundle, tmp_path, capsys, monkeypatch):
     picture(3, (64, 64)).save(tmp_path / "a.png")
     base = ["--ckpt", "tiny", "--prompt", "red", "--steps", "2", "--seed", "1", "--image_path", str(tmp_path / "a.png"),
             "--sequential_file_name"]  # fmt: skip
@@ -123,5 +123,6 @@ def test_the_script_embeds_what_it_draws_over(folder, bundle, tmp_path, capsys):
         CLIPVisionConfig(**SIZES, projection_dim=24, image_size=32, patch_size=8)
     ).save_pretrained(narrow)
     told = ["--clip_vision_strength", "1", "--clip_vision_model", str(narrow), "--outdir", str(out)]
+    monkeypatch.setattr("library.inference.run.load_for_drawing", None)
     assert sdxl_gen_img.main([*base, *told]) == 2
     assert "vectors have 24 numbers" in capsys.readouterr().err and not out.exists()
