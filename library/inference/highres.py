@@ -85,7 +85,7 @@ def _upscaled(
     made = upscaler.upscale(
         bundle.vae,
         pictures,
-        latents_BChw if takes_latents else None,
+        latents_BChw.clone() if takes_latents else None,  # to change in place, while the smaller picture stays
         bundle.vae.dtype,
         size.w,
         size.h,

@@ -102,6 +102,25 @@ def test_an_upscaler_module_enlarges_what_it_asks_for(bundle, tmp_path, monkeypa
         enlarged(bundle, latents, Size(64, 64), wrong, vae_batch_size=1)
 
 
+class InPlace:
+    """An upscaler that works on what it is given."""
+
+    def support_latents(self):
+        return True
+
+    def upscale(self, vae, images, latents, dtype, width, height, **_):
+        return latents.mul_(0.0).repeat(1, 1, 2, 2)
+
+
+def test_an_upscaler_may_change_latents_in_place(bundle):
+    kept = replace(REQUEST, highres=replace(HALF, save_first=True))
+    changed = replace(kept, highres=replace(kept.highres, upscaler=InPlace()))
+    (small, whole), (same, other) = (
+        [picture.tobytes() for _, picture in generate(bundle, [request])] for request in (kept, changed)
+    )
+    assert small == same and whole != other
+
+
 def test_modules_that_are_no_upscalers_are_named(tmp_path, monkeypatch):
     (tmp_path / "nothing_here.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
