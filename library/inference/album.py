@@ -160,11 +160,13 @@ class Job(AbstractContextManager["Job"]):
 
     @property
     def files(self) -> list[Path] | None:
-        """The files of all pictures of the job, in order; None while other ranks draw some of them."""
+        """The files of all pictures of the job, in order, without the smaller ones of pictures in two sizes; None while
+        other ranks draw some of them.
+        """
         others = self.album.share.num_ranks > 1
         if others and any(slot.done is None for slot in self.slots):
             return None
-        return [self.album.folder / slot.file for slot in self.slots]
+        return [self.album.folder / slot.file for slot in self.slots if slot.request.stage != "0"]
 
     def take(self, request: GenRequest, picture: Image.Image) -> None:
         """Write a picture, unless it is there already; encoding goes on while others are drawn."""

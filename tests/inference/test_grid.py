@@ -250,6 +250,13 @@ def test_the_generator_draws_sheets_and_goes_on_with_them(tmp_path, capsys, monk
             assert sheet.crop((left, top, left + drawn.width, top + 64)).tobytes() == drawn.tobytes()
             assert drawn.text["steps"] == str(column + 1) and drawn.text["raw-prompt"].endswith(f"--s {column + 1}")
         assert 'X Type: Steps, X Values: "1, 2", Y Type: Prompt S/R' in sheet.text["parameters"]
+    two = [*argv, "--outdir", str(tmp_path / "two"), "--steps", "1", "--grid", "prompts", "seeds=1"]
+    highres = ["--highres_fix_scale", "0.7", "--highres_fix_steps", "1", "--strength", "1", "--highres_fix_save_1st"]
+    assert sdxl_gen_img.main([*two, *highres]) == 0
+    with Image.open(tmp_path / "two" / "grid_000001.png") as sheet:
+        drawn = Image.open(tmp_path / "two" / "im_1000002.png")
+        left, top = sheet.width - 96 - GAP, sheet.height - 64 - GAP
+        assert sheet.crop((left, top, left + drawn.width, top + 64)).tobytes() == drawn.tobytes(), "the whole pictures"
     for name in ("grid_000001.png", "im_000003.png"):
         (out / name).unlink()
     assert sdxl_gen_img.main([*argv, *grid, "--resume_bulk"]) == 0
