@@ -70,6 +70,7 @@ def encode_missing(
         for request in shown:
             with at_strengths(networks, request.network_muls):
                 conditioning.add(bundle, request)
+    conditioning.forget(requests)
 
 
 @torch.no_grad()

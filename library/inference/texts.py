@@ -43,7 +43,7 @@ _NO_NETWORK = -1
 class Conditioning:
     """Text conditions of requests, one row each; equal ones are stored once.
 
-    max_rows: how many are kept (None: all); those that were asked for longest ago go first.
+    max_rows: how many `forget` leaves (None: all); those that were asked for longest ago go first.
     only: for networks that belong to the sub-prompts of a prompt ("a AND b"): a context in which that of one number is
     the only one in the text encoders. Each sub-prompt is encoded by itself then. None: a prompt is one text.
     pictures: pooled vectors (1, P) that take the place of a prompt's, by what is drawn over (`picture_key`).
@@ -113,8 +113,14 @@ class Conditioning:
                 for row, said in enumerate(group):
                     if said in alike:
                         self.rows[self._key(request, said)] = encoded[row : row + 1]
-        while self.max_rows is not None and len(self.rows) > self.max_rows:
-            del self.rows[next(iter(self.rows))]
+
+    def forget(self, requests: Sequence[GenRequest]) -> None:
+        """Drop what is more than max_rows and was asked for longest ago, but nothing that these requests say."""
+        if self.max_rows is None or len(self.rows) <= self.max_rows:
+            return
+        needed = {self._key(request, said) for request in requests for said in self._branches(request)}
+        for key in [key for key in self.rows if key not in needed][: len(self.rows) - self.max_rows]:
+            del self.rows[key]
 
     @property
     def _pairs(self) -> bool:

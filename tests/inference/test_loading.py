@@ -117,6 +117,8 @@ def test_texts_are_encoded_in_parts_that_cut_no_batch(bundle, monkeypatch):
     assert len(drawn) == 13 and len(texts.rows) == 5
     kept = [words for (words, *_), *_ in texts.rows]
     assert kept[-1] == "12" and "green" in kept and "0" not in kept, "what is asked for again and again stays"
+    few = Conditioning(TextForm(), max_rows=2)
+    assert len(list(generate(bundle, requests[:3], conditioning=few))) == 3, "what is to be drawn stays"
     everything = launch.encode_requests(bundle, requests)
     monkeypatch.setattr(bundle, "text_encoder_1", None)
     assert len(list(generate(bundle, requests[:1], conditioning=everything))) == 1, "encoders are not needed then"
