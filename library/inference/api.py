@@ -18,6 +18,7 @@ from library.inference.network_set import check_strengths
 from library.inference.plan import PlanOptions, plan
 from library.inference.prompt_source import PromptLine
 from library.inference.request import OPEN, GenRequest, with_open_sides
+from library.inference.request_checks import check_samplers, check_strengths_act
 from library.inference.source_pictures import with_image_size
 from library.inference.texts import Conditioning, TextForm
 from library.io.safetensors_file import TensorReader
@@ -87,4 +88,6 @@ def draw(
     native = model.bundle.native_size
     requests = [with_open_sides(with_image_size(request), native) for request in planned]
     check_strengths(requests, model.networks, merged=False)
+    check_strengths_act(requests)
+    check_samplers(requests, model.bundle)
     return generate(model.bundle, requests, batch_size=batch_size, conditioning=model.texts, networks=model.networks)

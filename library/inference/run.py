@@ -15,7 +15,6 @@ from library.inference.effect_checks import check_effects, check_effects_asked_f
 from library.inference.embeddings import add_words, check_words, read_words
 from library.inference.followers import Follower
 from library.inference.grid import plan_grid, read_axes
-from library.inference.highres import first_stage
 from library.inference.image_prompts import ImagePrompts, check_image_prompts, image_prompts
 from library.inference.interactive import ask_and_draw
 from library.inference.launch import TEXTS_KEPT, batches, encode_missing, generate
@@ -27,10 +26,9 @@ from library.inference.prediction import settle
 from library.inference.ranks import share_of
 from library.inference.regional import only_of, read_regions
 from library.inference.request import GenRequest, with_open_sides
-from library.inference.samplers import make_scheduler
-from library.inference.settings import check_strengths_act, defaults_of, lines_and_sources
+from library.inference.request_checks import check_samplers, check_strengths_act
+from library.inference.settings import defaults_of, lines_and_sources
 from library.inference.source_pictures import with_sources
-from library.inference.stage import check_steps
 from library.inference.texts import Conditioning, TextForm
 from library.inference.wildcards import Wildcards
 from library.log import get_logger
@@ -70,7 +68,8 @@ def run(cfg: "RunConfig") -> list[Path]:
         axes = read_axes(cfg.pictures.grid, num_networks=num_live(options))
         grid = plan_grid(lines, axes, defaults, how, wildcards=wildcards)
     pictures = grid.requests if grid else plan(lines, defaults, how, wildcards=wildcards)
-    check_strengths_act(pictures, sources[0])
+    check_strengths_act(pictures, over_pictures=bool(sources[0]))
+    check_strengths(pictures, [None] * num_live(options), merged=bool(options.network_weights))
     check_effects_asked_for(cfg, pictures)
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)
     guides = guide_images(cfg)
@@ -121,7 +120,8 @@ class _Studio:
         sized = [with_open_sides(picture, native) for picture in over]
         requests = with_guides(sized, self.guides, start=self.album.count)
         check_strengths(requests, self.networks, merged=bool(options.network_weights))
-        _check_samplers(requests, self.bundle)
+        check_strengths_act(requests)
+        check_samplers(requests, self.bundle)
         check_effects(requests, self.bundle, self.followers, told=False)
         job = self.album.job(requests, lambda: self._batches(requests))
         if self.image_prompts:
@@ -157,21 +157,6 @@ class _Studio:
             return self.texts.layout(request)
 
         return [len(batch) for batch in batches(requests, self.options.batch_size, layout)]
-
-
-def _check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
-    """Raise UserError for a picture that its sampler cannot draw, before any is drawn."""
-    kind, table = bundle.prediction_type, bundle.schedule
-    small = [first_stage(request) for request in requests if request.highres is not None]
-    for request in requests:
-        if request.image is not None or request.highres is not None:
-            check_steps(request)
-    for request in small:
-        if request.image is not None:
-            check_steps(request)
-    stages = ((request.sampler, request.steps, request.eta) for request in [*requests, *small])
-    for sampler, steps, eta in dict.fromkeys(stages):
-        make_scheduler(sampler, prediction_type=kind, steps=steps, schedule=table, eta=eta)
 
 
 def _load(cfg: "RunConfig", *, local_rank: int = 0) -> ModelBundle:

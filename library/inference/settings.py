@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.config.key_values import split_pairs
 from library.config.regional_networks import num_regional
 from library.config.unsharp import parse_unsharp
-from library.errors import UserError
 from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.highres import load_upscaler
 from library.inference.picture_text import prompts_of_pictures
@@ -107,11 +105,3 @@ def sources_of(cfg: RunConfig) -> tuple[list[str], list[str]]:
     images = picture_files([over.image_path], option="image_path") if over.image_path else []
     masks = over.mask_path if not num_regional(cfg) else None
     return images, picture_files([masks], option="mask_path") if masks else []
-
-
-def check_strengths_act(requests: Sequence[GenRequest], images: Sequence[str]) -> None:
-    """Raise UserError for a prompt's `--t` where nothing is drawn over a picture."""
-    for request in requests:
-        if request.strength is not None and not images and request.highres is None:
-            fix = "name image_path, or set highres_fix_scale"
-            raise UserError("--t cannot act: nothing is drawn over", request.raw, fix)

@@ -40,9 +40,14 @@ def test_networks_images_and_defaults(lora_file, tmp_path):
     over = how.__class__(**{**vars(how), "image": Image.new("RGB", (70, 200), (0, 0, 255)), "strength": 0.5})
     ((request, picture),) = draw(model, ["a circle"], seed=1, defaults=over)
     assert request.size == Size(64, 192) == Size(*picture.size)
-    for prompts, what in ((["a --sed 3"], "prompt 1"), (["a", "b --am 1,2"], "--am has 2 strengths")):
+    lines = [("a --sed 3", "prompt 2"), ("b --am 1,2", "--am has 2 strengths"), ("c --t 0.5", "--t cannot act")]
+    for line, what in lines:
         with pytest.raises(UserError, match=what):
-            draw(model, prompts)
+            draw(model, ["a", line])
+    with pytest.raises(UserError, match="less than one step"):
+        draw(model, ["a", "b --s 1"], defaults=over)
+    with pytest.raises(UserError, match="pndm cannot do 3 steps"):
+        draw(model, ["a", "b --s 3"], defaults=how.__class__(steps=4, sampler="pndm"))
     network.detach()
 
 

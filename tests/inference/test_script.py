@@ -128,7 +128,7 @@ def test_nothing_leaks_from_one_prompt_into_the_next(tmp_path, batch_size, lora_
 
 
 def test_prompts_are_asked_for_while_the_model_stays_loaded(tmp_path, capsys, monkeypatch):
-    typed = iter(["", "a --q 1", "{a", "a red circle --d 5", "a --am 2", "  ", "a {red|green} star --l 1"])
+    typed = iter(["", "a --q 1", "{a", "a red circle --d 5", "a --am 2", "a --t 1", "  ", "a {red|green} star --l 1"])
     asked = []
 
     def read(ask):
@@ -148,8 +148,9 @@ def test_prompts_are_asked_for_while_the_model_stays_loaded(tmp_path, capsys, mo
     assert [(text["prompt"], text["seed"]) for text in texts[:2]] == [("first", "9"), ("a red circle", "5")]
     assert texts[2]["prompt"] in ("a red star", "a green star") and texts[2]["seed"] == "9" and len(texts) == 3
     printed = capsys.readouterr()
-    assert len(asked) == 8 and len(loads) == 1 and "im_000003.png" in printed.out
+    assert len(asked) == 9 and len(loads) == 1 and "im_000003.png" in printed.out
     assert "--q in a prompt is not known" in printed.err and "input line 3" in printed.err and "--am" in printed.err
+    assert "--t cannot act: nothing is drawn over" in printed.err
 
 
 def test_options_of_the_command_line_reach_the_plan(tmp_path):
