@@ -7,6 +7,7 @@ random numbers, and those whose rows are not the same in a batch as in the call 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,16 +25,17 @@ _verdicts: dict[tuple[int, int], dict[Any, bool]] = {}  # by number of pictures 
 
 @contextmanager
 def batch_invariant(model: nn.Module, pictures: int, *, beside: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Let a model, and those that work beside it, give the rows of `pictures` pictures the numbers that they get alone.
+    """Let a model give the rows of `pictures` pictures the numbers that they get alone.
 
     The rows of a batch are branches of guidance, one after the other, each with a row per picture; row i belongs to
     picture i % pictures. Nothing is done for one picture, away from the CPU, or with compiled blocks.
+    beside: other models that are called meanwhile, with such rows too.
     """
     if pictures == 1 or next(model.parameters()).device.type != "cpu" or is_compiled(model):
         yield
         return
     apart = _Apart(pictures)
-    modules = [module for each in (model, *beside) for module in each.modules()]
+    modules = [module for one in (model, *beside) for module in one.modules()]
     if any(_is_extended(module) for module in modules):
         with _Everywhere(apart):
             yield
@@ -59,7 +61,8 @@ class _Apart:
     def __call__(self, func: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
         """func(*args), whose first argument has the rows and whose second has the weights."""
         x = args[0]
-        key = (func, x.shape, x.stride(), x.dtype, args[1].shape, args[3:])
+        weight, has_bias = args[1], len(args) > 2 and args[2] is not None
+        key = (func, x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), has_bias, args[3:])
         same = self._known.get(key)
         if same is None:
             same = self._known[key] = self._same(func, args)
@@ -80,7 +83,11 @@ class _Apart:
 
 
 class _Everywhere(TorchFunctionMode):
-    """All products of whatever is called, for models with networks and hooks."""
+    """All products of whatever is called, for models with networks and hooks.
+
+    The first operand has a row per picture, where the second has the weights. Products of two matrices (DoRA's norms)
+    are of weights alone and the same for all pictures.
+    """
 
     def __init__(self, apart: _Apart) -> None:
         super().__init__()
@@ -89,9 +96,16 @@ class _Everywhere(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs:
             return func(*args, **kwargs)
-        if func in _WITH_WEIGHTS or (func in _PRODUCTS and args[1].dim() == 2):
+        if func in _WITH_WEIGHTS or (func in _PRODUCTS and args[0].dim() > 2 == args[1].dim()):
             return self._apart(func, args)
+        if func is torch.einsum and len(args) == 3 and args[0].startswith("..."):
+            return self._apart(_einsum(args[0]), args[1:])
         return func(*args)
+
+
+@functools.cache
+def _einsum(equation: str) -> Callable[..., Tensor]:
+    return functools.partial(torch.einsum, equation)
 
 
 def is_compiled(model: nn.Module) -> bool:

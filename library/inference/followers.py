@@ -47,7 +47,7 @@ class Follower(Protocol):
 
 
 def models_of(followers: Sequence[Follower]) -> list[nn.Module]:
-    """The models that followers call beside the U-Net; those that have any name them as `models`."""
+    """The models that followers call beside the U-Net, with rows like its own: their `models`, if they have any."""
     return [model for follower in followers for model in getattr(follower, "models", ())]
 
 

@@ -1,13 +1,18 @@
 """Bits of rows in batches, with products that are made to depend on the batch."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from library.inference import batch_invariance
+from library.inference.adapters import adapter_roots
 from library.inference.batch_invariance import batch_invariant
 from library.inference.steady_attention import steady_attention
+from networks import dora, oft
 
 
 @pytest.fixture
@@ -75,6 +80,52 @@ def test_products_that_do_not_are_computed_at_once(monkeypatch):
         assert calls in ([4], [2, 2])
         (verdict,) = batch_invariance._verdicts[2, torch.get_num_threads()].values()
         assert verdict == (calls == [4])
+
+
+def test_products_with_and_without_a_bias_are_tried_apart(monkeypatch):
+    """Two layers of one shape may be computed in two ways."""
+
+    def linear(x, weight, bias=None):
+        product = (x[:, None] * weight).sum(dim=-1)
+        return product if bias is None else product * (1 + len(x) * 2.0**-20) + bias
+
+    monkeypatch.setattr(batch_invariance.F, "linear", linear)
+    monkeypatch.setattr(batch_invariance, "_verdicts", {})
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = torch.cat([model(row) for row in x.split(1)])
+        assert not torch.equal(model(x), alone)
+        with batch_invariant(model, 2):
+            assert torch.equal(model(x), alone)
+
+
+@pytest.mark.parametrize(("kind", "pictures"), [(dora, 2), (oft, 5)])
+def test_networks_that_compute_with_weights_give_the_same_bits(bundle, kind, pictures):
+    """DoRA multiplies weights, as many rows as there are; OFT turns the rows of activations block by block."""
+    unet, g = copy.deepcopy(bundle.unet), torch.Generator().manual_seed(0)
+    roots = adapter_roots(replace(bundle, unet=unet))
+    alpha, args = (0.3, {"enable_conv": "true"}) if kind is oft else (4, {"conv_dim": "2"})
+    network = kind.create(roots, dim=4, alpha=alpha, generator=g, args=args)
+    for adapter in network.adapters.values():
+        torch.nn.init.normal_(adapter.oft_blocks if kind is oft else adapter.lora_up.weight, std=0.1, generator=g)
+    network.eval().attach()
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    rows = 2 * pictures  # two branches
+    x, text = torch.randn(rows, 4, 8, 8, generator=g), torch.randn(rows, 77, 64, generator=g)[..., :1]
+    text = text.expand(-1, -1, unet.config.cross_attention_dim).contiguous()
+    added = {"text_embeds": torch.randn(rows, pooled, generator=g), "time_ids": torch.full((rows, 6), 64.0)}
+
+    def predict(of: slice):
+        part = {name: value[of] for name, value in added.items()}
+        return unet(x[of], torch.tensor(500), encoder_hidden_states=text[of], added_cond_kwargs=part).sample
+
+    with torch.no_grad():
+        alone = [predict(slice(index, None, pictures)) for index in range(pictures)]
+        with batch_invariant(unet, pictures):
+            together = predict(slice(None))
+    network.detach()
+    assert all(torch.equal(together[index::pictures], alone[index]) for index in range(pictures))
 
 
 def test_attention_computes_the_keys_of_a_text_once_and_leaves_nothing(bundle):

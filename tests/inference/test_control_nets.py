@@ -15,6 +15,7 @@ import sdxl_gen_img
 from library.config.cli import make_config
 from library.config.preps import parse_prep
 from library.errors import UserError
+from library.inference import launch
 from library.inference.control_nets import ControlNet, ControlNets, load_control_nets
 from library.inference.effects import DeepShrink, GradualLatent
 from library.inference.launch import generate
@@ -114,6 +115,22 @@ def test_each_picture_follows_its_own_image_and_the_next_ones_are_left_alone(bun
     forward, backward = (drawn(bundle, batch, control, batch_size=2) for batch in (pair, pair[::-1]))
     assert np.array_equal(forward[1], backward[0]) and np.array_equal(forward[1], b)
     assert np.array_equal(plain, drawn(bundle, requests[1:2], nets(bundle, places, "1", strength=0.0))[0])
+
+
+def test_latents_have_the_same_bits_in_every_batch(bundle, places, monkeypatch):
+    control, latents, original = nets(bundle, places, "1"), [], launch._drawn
+
+    def noted(*args):
+        for made, rows in original(*args):
+            latents.append(rows)
+            yield made, rows
+
+    monkeypatch.setattr(launch, "_drawn", noted)
+    size = Size(64, 64)
+    batch = [following(places, "ab"[seed % 2], seed=seed, prompt=f"{seed}", size=size, steps=2) for seed in range(3)]
+    for batch_size in (1, 3):
+        drawn(bundle, batch, control, batch_size=batch_size)
+    assert torch.equal(torch.cat(latents[:3]), latents[3])
 
 
 def test_images_are_embedded_once_for_each_size(bundle, places):
