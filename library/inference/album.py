@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -71,15 +71,25 @@ class Album:
     def job(self, requests: Sequence[GenRequest], batches: Callable[[], Sequence[int]]) -> Job:
         """The next pictures of the run. batches: how many of them, one after the other, are drawn at once.
 
-        Raises UserError for pictures that their files cannot hold.
+        Raises UserError for pictures that their files cannot hold, or whose files are read for the job.
         """
         start, self.count = self.count, self.count + len(requests)
         numbered = [replace(request, number=number) for number, request in enumerate(requests, start)]
         slots = [_Slot(self, stage, request) for request in numbered for stage in _stages(request)]
         problems = [problem for slot in slots for problem in slot.problems()]
+        problems += self._overwritten(slots)
         if problems:
             raise UserError.from_problems(problems)
         return Job(self, numbered, slots, list(batches()) if self.is_partial else [])
+
+    def _overwritten(self, slots: Sequence[_Slot]) -> Iterator[Problem]:
+        """Pictures that would take the place of one that the job reads, perhaps before it is read for the last time."""
+        folder, read = os.path.realpath(self.folder), {path for slot in slots for path in slot.reads}
+        taken = {os.path.realpath(path) for path in read}
+        for slot in slots:
+            if os.path.join(folder, slot.file) in taken:
+                what = "this picture would take the place of one that is drawn over or that controls the drawing"
+                yield Problem(what, str(self.folder / slot.file), "name another outdir")
 
     def add_sheets(self, sheets: Sequence[Sheet], job: Job) -> None:
         """Draw the contact sheets of a job, once all its pictures are there; whichever rank is last does."""
@@ -110,8 +120,9 @@ class _Slot:
         self.is_time = album.names.is_time(request)
         made = made_by(album.options, request)
         self.parameters = parameters_text(request, made)
-        seen = [path for path in (*request.control, request.image, request.mask) if isinstance(path, str)]
-        settings = album.settings | ({"pictures on disk": [_state(path) for path in seen]} if seen else {})
+        self.reads = [path for path in (*request.control, request.image, request.mask) if isinstance(path, str)]
+        read = {"pictures on disk": [_state(path) for path in self.reads]}
+        settings = album.settings | (read if self.reads else {})
         self.entry = entry_of(request, made, number=number + 1, settings=settings)
         self.file = album.names.next(request, number)
         self.done: Mapping[str, Any] | None = None  # the line of the picture that is there

@@ -245,6 +245,9 @@ def test_pictures_are_drawn_over_by_the_prompts_that_they_hold(tmp_path, capsys)
         ("a red circle", "dark")
     ] * 2
     assert len({text["seed"] for text in texts.values()}) == 4 and texts["a"]["steps"] == "4"
+    assert sdxl_gen_img.main([*again, "--outdir", str(first), "--use_original_file_name"]) == 2
+    assert "would take the place of one that is drawn over" in capsys.readouterr().err
+    assert not (first / "b.png").exists(), "and nothing is drawn"
     lines = [json.loads(line) for line in (out / "parameters.jsonl").read_text().splitlines()]
     assert [Path(line["image"]).name for line in lines] == ["a.png"] * 2 + ["b.webp"] * 2
     Image.new("RGB", (64, 64)).save(first / "plain.png")
