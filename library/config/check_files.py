@@ -27,6 +27,7 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
         problems += _check_existing(cfg, "from_file", kind="file")
         problems += _check_existing(cfg, "from_module", kind="file")
         problems += _check_existing(cfg, "wildcard_dir", kind="folder")
+        problems += _check_output(cfg, "outdir")
         for name in ("guide_image_path", "control_net_models"):
             problems += _check_files_or_folders(cfg, name)
         many = ("network_module", "network_weights", "control_net_lllite_models", "textual_inversion_embeddings")
@@ -41,7 +42,7 @@ def check_files(cfg: RunConfig, *, wrong: Collection[str] = ()) -> list[Problem]
             problems += _check_many(cfg, "base_weights")
         problems += _check_existing(cfg, "resume", kind="folder")
         problems += _check_prompts(cfg)
-        problems += _check_output(cfg)
+        problems += _check_output(cfg, "output_dir")
         problems += _check_trackers(cfg)
         if cfg.run in NETWORK and "network_module" not in wrong:
             problems += _check_network_module(cfg)
@@ -99,12 +100,11 @@ def _check_prompts(cfg: RunConfig) -> list[Problem]:
     return _check_existing(cfg, "sample_prompts", kind="file")
 
 
-def _check_output(cfg: RunConfig) -> list[Problem]:
-    """output_dir may be missing, since it is made; a file in its place cannot be."""
-    value = cfg.save.output_dir
+def _check_output(cfg: RunConfig, name: str) -> Iterator[Problem]:
+    """A folder for what is written may be missing, since it is made; a file in its place cannot be."""
+    value = cfg.get(name)
     if value and Path(value).exists() and not Path(value).is_dir():
-        return [Problem(f"output_dir {value} is a file", cfg.provenance["output_dir"], "name a folder")]
-    return []
+        yield Problem(f"{name} {value} is a file", cfg.provenance[name], "name a folder")
 
 
 def _check_trackers(cfg: RunConfig) -> Iterator[Problem]:

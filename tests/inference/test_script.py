@@ -186,6 +186,10 @@ def test_mistakes_in_prompts_are_found_before_the_model_is_loaded(tmp_path, caps
     printed = capsys.readouterr().err
     assert "2 problems" in printed and f"{prompts} line 4" in printed and f"{prompts} line 5" in printed
     assert "\n    b --glt 3\n      ^^^^^\n" in printed and "there is no wildcard file" in printed
+    assert sdxl_gen_img.main(["--ckpt", "tiny", "--prompt", "a", "--outdir", str(prompts)]) == 2
+    assert f"outdir {prompts} is a file" in capsys.readouterr().err
+    assert sdxl_gen_img.main(["--ckpt", "tiny", "--prompt", "a --am 1"]) == 2
+    assert "--am has nothing to act on: no networks are loaded" in capsys.readouterr().err
 
 
 def test_pictures_are_drawn_over_and_in_two_sizes(tmp_path, capsys):
