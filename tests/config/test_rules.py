@@ -290,6 +290,10 @@ GENERATOR_CASES = [
     ("there_is_a_picture_to_draw_over", MERGED | {"mask_path": __file__}, "mask_path cannot act"),
     ("there_is_a_picture_to_embed", {"clip_vision_strength": 1.0}, "there is no picture to embed"),
     ("there_is_a_picture_to_embed", {"clip_vision_model": "a/b"}, "cannot act without a strength"),
+    *[
+        ("programs_say_the_same_again", {"from_module": __file__, name: True}, f"{name} needs the same prompts again")
+        for name in ("resume_bulk", "prompts_per_rank")
+    ],
     ("sheets_have_lines_that_stay", {"grid": ["seeds"], "from_module": __file__}, "grid cannot act on from_module"),
     ("arguments_have_a_module", {"prompter_module_args": "a"}, "no program makes prompts"),
     ("one_precision", {"fp16": True, "bf16": True}, "two precisions"),

@@ -23,6 +23,25 @@ def what_is_typed_is_not_planned(cfg: RunConfig) -> list[Problem]:
     ]
 
 
+@rule("resume_bulk", "prompts_per_rank", "from_module", "from_file", "seed", runs=GENERATOR)
+def programs_say_the_same_again(cfg: RunConfig) -> list[Problem]:
+    """Without a seed the random numbers that a program is given are others each time and in each process."""
+    if cfg.generate.seed is not None or not cfg.prompter.from_module or cfg.generate.from_file:
+        return []
+    return [
+        problem
+        for name in ("resume_bulk", "prompts_per_rank")
+        if cfg.get(name)
+        for problem in conflict(
+            cfg,
+            f"{name} needs the same prompts again, and from_module has no seed",
+            name,
+            "from_module",
+            fix="set seed",
+        )
+    ]
+
+
 @rule("resume_bulk", "prompts_per_rank", "grid", "parameters_file", runs=GENERATOR)
 def what_is_there_is_written_down(cfg: RunConfig) -> list[Problem]:
     """parameters.jsonl tells a run that goes on, and ranks that wait for each other's pictures, what is there."""
