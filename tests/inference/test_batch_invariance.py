@@ -150,3 +150,12 @@ def test_attention_computes_the_keys_of_a_text_once_and_leaves_nothing(bundle):
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
     assert all("forward" not in module.__dict__ for module in unet.modules())
     assert len(calls) == 3, "of four: twice in a row it was the same text"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_of_vectors_are_multiplied_in_stacks(bias):
+    g = torch.Generator().manual_seed(0)
+    layer, x = nn.Linear(24, 10, bias=bias), torch.randn(6, 24, generator=g)
+    with torch.no_grad():
+        stacked = batch_invariance._stacked(3, torch.nn.functional.linear, x, layer.weight, layer.bias)
+        torch.testing.assert_close(stacked, layer(x))
