@@ -8,7 +8,7 @@ random numbers, and those whose rows are not the same in a batch as in the call 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,11 +33,12 @@ def batch_invariant(model: nn.Module, pictures: int, *, beside: Sequence[nn.Modu
     picture i % pictures. Nothing is done for one picture, away from the CPU, or with compiled blocks.
     beside: other models that are called meanwhile, with such rows too.
     """
-    if pictures == 1 or next(model.parameters()).device.type != "cpu" or is_compiled(model):
+    alone = pictures == 1 or next(model.parameters()).device.type != "cpu"
+    modules = [] if alone else [module for one in (model, *beside) for module in one.modules()]
+    if alone or is_compiled(modules):
         yield
         return
     apart = _Apart(pictures)
-    modules = [module for one in (model, *beside) for module in one.modules()]
     if any(_is_extended(module) for module in modules):
         with _Everywhere(apart):
             yield
@@ -71,7 +72,7 @@ class _Apart:
         return func(*args) if way == _AT_ONCE else way(self.pictures, func, *args)  # type: ignore[operator]
 
     def _way(self, func: Any, args: tuple[Any, ...]) -> _Way:
-        """The fastest way that gives each picture's rows the bits that they have alone; what has other rows is let be."""
+        """The fastest way that gives each picture's rows the bits they have alone; what has other rows is let be."""
         if len(args[0]) % self.pictures:
             return _AT_ONCE
         g = torch.Generator().manual_seed(0)
@@ -130,9 +131,9 @@ def _einsum(equation: str) -> Callable[..., Tensor]:
     return functools.partial(torch.einsum, equation)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether blocks of a model are compiled; replacing what they are made of would have them compiled anew."""
-    return any(module._compiled_call_impl is not None for module in model.modules())
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of a model's modules is compiled; replacing what it is made of would have it compiled anew."""
+    return any(module._compiled_call_impl is not None for module in modules)
 
 
 def _is_extended(module: nn.Module) -> bool:

@@ -87,6 +87,7 @@ class Stage:
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided prediction for a batch."""
         first, conditioning, done = batch[0], self.conditioning, 0
+        dtype = next(self.bundle.unet.parameters()).dtype
 
         def model(x: Tensor, t_B: Tensor, text: TextCond, sizes_B6: Tensor) -> Tensor:
             nonlocal done
@@ -98,9 +99,7 @@ class Stage:
         def branch(negative: bool, rows: Callable[[GenRequest], TextCond]) -> Branch:
             text = TextCond.cat([rows(request) for request in batch])
             sizes = [request.size_ids(negative=negative) for request in batch]
-            return Branch(
-                text.to(device, self.bundle.unet.dtype), torch.tensor(sizes, dtype=torch.float32, device=device)
-            )
+            return Branch(text.to(device, dtype), torch.tensor(sizes, dtype=torch.float32, device=device))
 
         with_negative, with_neutral = first.scale > 1, first.scale > 1 and first.negative_scale is not None
         return guided(

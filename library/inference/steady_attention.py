@@ -21,10 +21,11 @@ def steady_attention(unet: nn.Module) -> Iterator[None]:
     Nothing is done with compiled blocks.
     """
     changes: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-    if is_compiled(unet):
+    modules = dict(unet.named_modules())
+    if is_compiled(modules.values()):
         yield
         return
-    for name, module in unet.named_modules():
+    for name, module in modules.items():
         if isinstance(module, Attention):
             changes.append((module, functools.partial(module.processor, module)))
             if name.endswith("attn2"):

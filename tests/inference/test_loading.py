@@ -51,7 +51,7 @@ def test_compiled_blocks_draw_the_same(lora_file):
         return graph.forward
 
     compile_blocks(bundle, backend=backend)
-    assert is_compiled(bundle.unet) and not is_compiled(bundle.vae)
+    assert is_compiled(bundle.unet.modules()) and not is_compiled(bundle.vae.modules())
     got = [np.asarray(picture).astype(int) for _, picture in generate(bundle, requests, networks=[network])]
     assert seen, "blocks were compiled"
     for one, other in zip(got, wanted, strict=True):
