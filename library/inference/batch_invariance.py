@@ -63,15 +63,20 @@ class _Apart:
 
     def __call__(self, func: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
         """func(*args), whose first argument has the rows and whose second has the weights."""
+        way = self.way(func, args)
+        return func(*args) if way == _AT_ONCE else way(self.pictures, func, *args)  # type: ignore[operator]
+
+    def way(self, func: Callable[..., Tensor], args: tuple[Any, ...]) -> _Way:
+        """How to compute func(*args)."""
         x = args[0]
         weight, has_bias = args[1], len(args) > 2 and args[2] is not None
         key = (func, x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), has_bias, args[3:])
         way = self._known.get(key)
         if way is None:
-            way = self._known[key] = self._way(func, args)
-        return func(*args) if way == _AT_ONCE else way(self.pictures, func, *args)  # type: ignore[operator]
+            way = self._known[key] = self._found(func, args)
+        return way
 
-    def _way(self, func: Any, args: tuple[Any, ...]) -> _Way:
+    def _found(self, func: Any, args: tuple[Any, ...]) -> _Way:
         """The fastest way that gives each picture's rows the bits they have alone; what has other rows is let be."""
         if len(args[0]) % self.pictures:
             return _AT_ONCE
@@ -148,10 +153,24 @@ def _forward(layer: nn.Module, apart: _Apart) -> Callable[..., Tensor]:
         attend = layer.forward
         return lambda *args, **kwargs: attend(*args, **kwargs).contiguous()
     if isinstance(layer, nn.Linear):
-        return lambda x: apart(F.linear, (x, layer.weight, layer.bias))
+        return _watched(F.linear, (layer.weight, layer.bias), apart)
     assert isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros", "the models have no other"
     how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return lambda x: apart(F.conv2d, (x, layer.weight, layer.bias, *how))
+    return _watched(F.conv2d, (layer.weight, layer.bias, *how), apart)
+
+
+def _watched(func: Callable[..., Tensor], rest: tuple[Any, ...], apart: _Apart) -> Callable[[Tensor], Tensor]:
+    """func(x, *rest), looked up anew when the shape of x changes."""
+    shape: torch.Size | None = None
+    way: Any = _AT_ONCE
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal shape, way
+        if x.shape != shape:
+            shape, way = x.shape, apart.way(func, (x, *rest))
+        return func(x, *rest) if way is _AT_ONCE else way(apart.pictures, func, x, *rest)
+
+    return forward
 
 
 def _alone(x: Tensor, rows: slice) -> Tensor:
