@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,6 +31,9 @@ def batch_invariant(model: nn.Module, pictures: int, *, beside: Sequence[nn.Modu
     The rows of a batch are branches of guidance, one after the other, each with a row per picture; row i belongs to
     picture i % pictures. Nothing is done for one picture, away from the CPU, or with compiled blocks.
     beside: other models that are called meanwhile, with such rows too.
+
+    A VAE gets its latents in channels-last format: otherwise its attention lays several rows out in memory as it does
+    not a single one, and what follows sums in another order.
     """
     alone = pictures == 1 or next(model.parameters()).device.type != "cpu"
     modules = [] if alone else [module for one in (model, *beside) for module in one.modules()]
@@ -44,7 +46,7 @@ def batch_invariant(model: nn.Module, pictures: int, *, beside: Sequence[nn.Modu
             yield
         return
     # A plain model calls its products from its layers alone, and to watch these costs less than to watch everything.
-    changed = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d | Attention)]
+    changed = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm)]
     for module in changed:
         module.__dict__["forward"] = _forward(module, apart)
     try:
@@ -62,15 +64,14 @@ class _Apart:
         self._known = _verdicts.setdefault((pictures, torch.get_num_threads()), {})
 
     def __call__(self, func: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
-        """func(*args), whose first argument has the rows and whose second has the weights."""
+        """func(*args), whose first argument has the rows."""
         way = self.way(func, args)
         return func(*args) if way == _AT_ONCE else way(self.pictures, func, *args)  # type: ignore[operator]
 
     def way(self, func: Callable[..., Tensor], args: tuple[Any, ...]) -> _Way:
         """How to compute func(*args)."""
-        x = args[0]
-        weight, has_bias = args[1], len(args) > 2 and args[2] is not None
-        key = (func, x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), has_bias, args[3:])
+        forms = [(arg.shape, arg.stride(), arg.dtype) if isinstance(arg, Tensor) else arg for arg in args]
+        key = (func, *forms)
         way = self._known.get(key)
         if way is None:
             way = self._known[key] = self._found(func, args)
@@ -93,8 +94,29 @@ class _Apart:
 
 def _by_picture(pictures: int, func: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     """func of each picture's rows in a call of their own."""
-    parts = [func(_alone(x, slice(i, None, pictures)), *rest) for i in range(pictures)]
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    out: Tensor | None = None
+    for i in range(pictures):
+        rows = slice(i, None, pictures)
+        part = func(_alone(x, rows), *rest)
+        if out is None:  # in memory as a batch would lie there
+            last = not part.is_contiguous() and part.is_contiguous(memory_format=torch.channels_last)
+            form = torch.channels_last if last else torch.contiguous_format
+            out = torch.empty((len(x), *part.shape[1:]), dtype=part.dtype, memory_format=form)
+        out[rows] = part
+    assert out is not None, "there is a picture"
+    return out
+
+
+def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+    """Sums over channels that lie last in memory are divided among threads, with the pictures."""
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+def _norm_arguments(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Any, ...]:
+    """Those of F.group_norm as `_group_norm` takes them."""
+    return x, weight, bias, num_groups, eps
 
 
 def _stacked(
@@ -122,6 +144,8 @@ class _Everywhere(TorchFunctionMode):
         self._apart = apart
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.group_norm:
+            return self._apart(_group_norm, _norm_arguments(*args, **(kwargs or {})))
         if kwargs:
             return func(*args, **kwargs)
         if func in _WITH_WEIGHTS or (func in _PRODUCTS and args[0].dim() > 2 == args[1].dim()):
@@ -147,11 +171,8 @@ def _is_extended(module: nn.Module) -> bool:
 
 
 def _forward(layer: nn.Module, apart: _Apart) -> Callable[..., Tensor]:
-    if isinstance(layer, Attention):
-        # Over pictures it returns a pixel's channels side by side in memory, which norms of several rows sum otherwise
-        # than those of a single row, where the memory layout is not to be told.
-        attend = layer.forward
-        return lambda *args, **kwargs: attend(*args, **kwargs).contiguous()
+    if isinstance(layer, nn.GroupNorm):
+        return _watched(_group_norm, (layer.weight, layer.bias, layer.num_groups, layer.eps), apart)
     if isinstance(layer, nn.Linear):
         return _watched(F.linear, (layer.weight, layer.bias), apart)
     assert isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros", "the models have no other"

@@ -23,6 +23,8 @@ _SPARE = 0.9  # of the memory that may be used before decoding beside the drawin
 def decoded(bundle: ModelBundle, latents_BChw: Tensor, at_once: int) -> Iterator[Image.Image]:
     """Pictures of scaled latents (B, 4, h, w), `at_once` of them in memory."""
     for part in latents_BChw.split(at_once):
+        if part.device.type == "cpu":  # whose convolutions are faster so; batch_invariant relies on it
+            part = part.contiguous(memory_format=torch.channels_last)
         with batch_invariant(bundle.vae, len(part)):
             pixels = sdxl.decode_latents(bundle.vae, part / bundle.scaling_factor).float()
         values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
