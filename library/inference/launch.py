@@ -22,7 +22,7 @@ from library.inference.regional import only_of
 from library.inference.request import GenRequest
 from library.inference.source_pictures import init_latents
 from library.inference.stage import Stage, with_seeds
-from library.inference.texts import Conditioning, TextForm
+from library.inference.texts import TEXTS_TOGETHER, Conditioning, TextForm
 from library.log import Console
 from library.models.bundle import ModelBundle
 
@@ -44,7 +44,7 @@ def encode_requests(
     """Encode what the requests say, equal prompts once; the result is on the CPU.
 
     Afterwards the text encoders are not needed to draw these requests. They work on `device` (None: where they are)
-    and are put back. Prompts are encoded one by one, so that a prompt's encoding does not depend on the others.
+    and are put back. A prompt's encoding does not depend on the others: on a GPU they are encoded one by one.
     followers: those that `generate` is given; networks that act in parts of the picture divide its prompts too.
     """
     form = TextForm(text_form) if isinstance(text_form, str) else text_form
@@ -65,11 +65,13 @@ def encode_missing(
     missing = [request for request in requests if not conditioning.holds(request)]
     if not missing:
         return
-    shown = tqdm(missing, desc="encoding prompts", delay=BAR_DELAY, leave=False, disable=None, file=Console())
-    with _on(device, bundle.text_encoder_1, bundle.text_encoder_2):
-        for request in shown:
-            with at_strengths(networks, request.network_muls):
-                conditioning.add(bundle, request)
+    bar = tqdm(desc="encoding prompts", total=len(missing), delay=BAR_DELAY, leave=False, disable=None, file=Console())
+    with bar, _on(device, bundle.text_encoder_1, bundle.text_encoder_2):
+        for muls, alike in groupby(missing, key=lambda request: request.network_muls):
+            with at_strengths(networks, muls):
+                for some in _runs(list(alike), TEXTS_TOGETHER):
+                    conditioning.add(bundle, some)
+                    bar.update(len(some))
     conditioning.forget(requests)
 
 
@@ -149,9 +151,12 @@ def batches(
         return request.settings(), sources, layout(request)
 
     for _, neighbours in groupby(requests, key=together):
-        run = list(neighbours)
-        for start in range(0, len(run), batch_size):
-            yield run[start : start + batch_size]
+        yield from _runs(list(neighbours), batch_size)
+
+
+def _runs(requests: list[GenRequest], longest: int) -> Iterator[list[GenRequest]]:
+    for start in range(0, len(requests), longest):
+        yield requests[start : start + longest]
 
 
 def _drawn(stage: Stage, batch: list[GenRequest], vae_batch_size: int) -> Iterator[tuple[Sequence[GenRequest], Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from library.diffusion.conditioning import TextCond
+from library.inference.batch_invariance import batch_invariant
 from library.inference.request import GenRequest, split_and
 from library.log import get_logger
 from library.models.bundle import ModelBundle
@@ -16,6 +17,8 @@ from library.models.families import sdxl
 from library.models.tokenizers import CHUNK
 
 logger = get_logger(__name__)
+
+TEXTS_TOGETHER = 8  # texts in one call of the encoders on a CPU
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,29 @@ class Conditioning:
                 self.rows[key] = self.rows.pop(key)
         return all(key in self.rows for key in keys)
 
-    def add(self, bundle: ModelBundle, request: GenRequest) -> None:
-        """Encode what is not there yet, with the model as it is now."""
+    def add(self, bundle: ModelBundle, requests: Sequence[GenRequest]) -> None:
+        """Encode what is not there yet, with the model as it is now; the requests agree in their networks' strengths.
+
+        On a CPU some texts are encoded together, where each gets the bits that it has alone.
+        """
+        if self._pairs or self.only is not None:
+            for request in requests:
+                self._add_branches(bundle, request)
+            return
+        said = {self._key(request, one): one[0] for request in requests for one in self._branches(request)}
+        missing = [(key, text) for key, text in said.items() if key not in self.rows]
+        for _, text in missing:
+            self._warn_if_cut(bundle, text)
+        at_once = TEXTS_TOGETHER if bundle.text_encoder_1.device.type == "cpu" and self.form.max_chunks == 1 else 1
+        for start in range(0, len(missing), at_once):
+            group = missing[start : start + at_once]
+            with batch_invariant(bundle.text_encoder_1, len(group), beside=[bundle.text_encoder_2]):
+                encoded = self._encode(bundle, [text for _, text in group])
+            for row, (key, _) in enumerate(group):
+                self.rows[key] = encoded[row : row + 1]
+
+    def _add_branches(self, bundle: ModelBundle, request: GenRequest) -> None:
+        """Encode a request whose branches are as long as the longest, or have networks of their own."""
         every = list(dict.fromkeys(self._branches(request)))
         missing = [said for said in every if self._key(request, said) not in self.rows]
         for text, _ in missing:

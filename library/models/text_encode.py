@@ -144,7 +144,7 @@ def _weighted(hidden_BTD: Tensor, weights_BT: Tensor, balance: str) -> Tensor:
     if balance == "none":
         return weighted.to(hidden_BTD.dtype)
     measured = [x.abs() if balance == "abs" else x for x in (hidden_BTD.float(), weighted)]
-    before, after = (x.mean(dim=(1, 2)) for x in measured)
+    before, after = (torch.stack([row.mean() for row in x]) for x in measured)  # bits do not depend on other rows
     # A mean of zero (all weights 0) cannot be restored; such a row stays as it is.
     scale = torch.where((after == 0) | plain, torch.ones_like(after), before / after)
     return (weighted * scale[:, None, None]).to(hidden_BTD.dtype)

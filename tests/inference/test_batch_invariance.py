@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from library.inference import batch_invariance
+from library.inference import batch_invariance, launch, texts
 from library.inference.adapters import adapter_roots
 from library.inference.batch_invariance import batch_invariant
+from library.inference.request import GenRequest
 from library.inference.steady_attention import steady_attention
-from networks import dora, oft
+from library.models.families import sdxl
+from library.sizes import Size
+from networks import dora, lora, oft
 
 
 @pytest.fixture
@@ -159,3 +162,62 @@ def test_rows_of_vectors_are_multiplied_in_stacks(bias):
     with torch.no_grad():
         stacked = batch_invariance._stacked(3, torch.nn.functional.linear, x, layer.weight, layer.bias)
         torch.testing.assert_close(stacked, layer(x))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """Products are divided among threads, some of them with the rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_decoded_pixels_have_the_bits_of_a_picture_alone(bundle, threads):
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        alone = torch.cat([sdxl.decode_latents(bundle.vae, row) for row in latents.split(1)])
+        with batch_invariant(bundle.vae, 3):
+            together = sdxl.decode_latents(bundle.vae, latents)
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("extended", [False, True], ids=["layers", "everywhere"])
+def test_norms_and_what_follows_keep_the_memory_layout(threads, memory, extended):
+    """Norms of channels that lie last are sums over pieces of all pictures together, one for each thread."""
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.SiLU())
+    x = torch.randn(3, 4, 48, 48, generator=g).contiguous(memory_format=memory)
+    if extended:
+        model[2].register_forward_hook(lambda module, args, out: 2 * out)
+    with torch.no_grad():
+        alone = [model(batch_invariance._alone(x, slice(index, None, 3))) for index in range(3)]
+        with batch_invariant(model, 3):
+            together = model(x)
+    assert all(torch.equal(together[index::3], alone[index]) for index in range(3))
+    assert together.is_contiguous(memory_format=memory)
+
+
+@pytest.mark.parametrize("with_network", [False, True])
+def test_texts_have_the_bits_that_they_have_alone(bundle, threads, with_network, monkeypatch):
+    g, prompts = torch.Generator().manual_seed(0), ["a red circle", "a (green:1.3) star", "((blue)) cross", "", "x"]
+    bundle = replace(bundle, text_encoder_1=copy.deepcopy(bundle.text_encoder_1))
+    if with_network:
+        network = lora.create(adapter_roots(bundle), dim=4, alpha=4, generator=g, args={})
+        for adapter in network.adapters.values():
+            torch.nn.init.normal_(adapter.lora_up.weight, std=0.1, generator=g)
+        network.eval().attach()
+    requests = [GenRequest(text, "blurry", Size(64, 64), 2, 5.0, 1, "euler") for text in prompts]
+    calls, real = [], sdxl.encode_text_gen
+    monkeypatch.setattr(sdxl, "encode_text_gen", lambda *args, **how: calls.append(len(args[3])) or real(*args, **how))
+    together = launch.encode_requests(bundle, requests)
+    assert calls == [6], "what all say is encoded once"
+    monkeypatch.setattr(texts, "TEXTS_TOGETHER", 1)
+    alone = launch.encode_requests(bundle, requests)
+    if with_network:
+        network.detach()
+    assert calls == [6] + [1] * 6 and list(together.rows) == list(alone.rows)
+    for one, other in zip(together.rows.values(), alone.rows.values(), strict=True):
+        assert torch.equal(one.hidden_BTD, other.hidden_BTD) and torch.equal(one.pooled_BP, other.pooled_BP)
