@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from library.config.choices import split_sampler
@@ -16,22 +17,19 @@ _MOST_BLOCKS, _MOST_STEPS, _MOST_TIMESTEPS = 8, 1000, 1000
 Change = Callable[[GenRequest, str], GenRequest]
 
 
-def _shrink(field: str, convert: Callable[[str], Any]) -> Change:
+def _option(effect: str, switch: str, default: int, field: str, convert: Callable[[str], Any]) -> Change:
+    """Sets a field of an effect, which acts from then on: its switch gets a default where nothing has set it."""
+
     def change(request: GenRequest, value: str) -> GenRequest:
-        old = request.deep_shrink
-        on = replace(old, depth_1=_DEPTH) if old.depth_1 is None else old
-        return replace(request, deep_shrink=replace(on, **{field: convert(value)}))
+        old = getattr(request, effect)
+        on = replace(old, **{switch: default}) if getattr(old, switch) is None else old
+        return replace(request, **{effect: replace(on, **{field: convert(value)})})
 
     return change
 
 
-def _gradual(field: str, convert: Callable[[str], Any]) -> Change:
-    def change(request: GenRequest, value: str) -> GenRequest:
-        old = request.gradual_latent
-        on = replace(old, timesteps=_TIMESTEPS) if old.timesteps is None else old
-        return replace(request, gradual_latent=replace(on, **{field: convert(value)}))
-
-    return change
+_shrink = partial(_option, "deep_shrink", "depth_1", _DEPTH)
+_gradual = partial(_option, "gradual_latent", "timesteps", _TIMESTEPS)
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

@@ -1,5 +1,7 @@
 """Options that are not about what a run of a trainer makes: name -> where they are tested."""
 
+from tests.e2e.options.observing import options_of
+
 ELSEWHERE = {
     "output_dir": "where every run here is looked at",
     "debug_dataset": "tests/data/test_dataset_report.py",
@@ -15,3 +17,8 @@ ELSEWHERE = {
         "tests/training/test_trackers.py",
     ),
 }
+
+
+def options_set_here(run: str) -> list[str]:
+    """The options of a run whose acting is seen in its runs."""
+    return [name for name in options_of(run) if name not in ELSEWHERE]

@@ -2,20 +2,12 @@
 
 import pytest
 
-from tests.e2e.options.cases import cases_of
-from tests.e2e.options.elsewhere import ELSEWHERE
-from tests.e2e.options.observing import options_of
+from tests.e2e.options.elsewhere import options_set_here
 
 RUN = "sdxl_train_network"
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", [name for name in options_of(RUN) if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", options_set_here(RUN))
 def test_option_acts_or_is_refused(acts_or_is_refused, name):
     acts_or_is_refused(RUN, name)
-
-
-def test_every_option_has_one_case():
-    named = set(options_of(RUN))
-    assert named <= set(cases_of(RUN)) | set(ELSEWHERE)
-    assert not set(cases_of(RUN)) & set(ELSEWHERE)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from tests.e2e.options.cases import Case, cases_of
-from tests.e2e.options.elsewhere import ELSEWHERE
-from tests.e2e.options.observing import BASE, options_of
+from tests.e2e.options.elsewhere import options_set_here
+from tests.e2e.options.observing import BASE
 
 RUN = "sdxl_train_textual_inversion"
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", [name for name in options_of(RUN) if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", options_set_here(RUN))
 def test_option_acts_or_is_refused(acts_or_is_refused, name):
     acts_or_is_refused(RUN, name)
 
@@ -26,9 +26,3 @@ def test_a_value_that_changes_nothing_is_found(acts_or_is_refused):
         acts_or_is_refused(RUN, "skip_cache_check", checked)
     with pytest.raises(AssertionError, match="holds no folder such as 10_cat"):  # a refusal that says nothing of it
         acts_or_is_refused(RUN, "train_data_dir", Case("{folder}/others", level="batches"))
-
-
-def test_every_option_has_one_case():
-    named = set(options_of(RUN))
-    assert named <= set(cases_of(RUN)) | set(ELSEWHERE)
-    assert not set(cases_of(RUN)) & set(ELSEWHERE)
