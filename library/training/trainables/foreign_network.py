@@ -18,6 +18,7 @@ from library.log import get_logger
 from library.models import checkpoint
 from library.training.hooks import Event, Hook, View
 from library.training.trainable import Artifact, ParamGroup, Part
+from library.training.trainables.network_parts import network_parts, part_rate
 from networks import _foreign
 from networks._foreign import ForeignNetwork
 from networks._foreign_args import unread_args
@@ -47,9 +48,8 @@ class ForeignNetworkTrainable:
     def __init__(self, cfg: RunConfig, module: ModuleType) -> None:
         self.cfg, self.module = cfg, module
         settings = cfg.network
-        self._with_text = not settings.network_train_unet_only
-        self._with_unet = not settings.network_train_text_encoder_only
-        self.trains = frozenset(part for part in self._parts() if self._rate(part))
+        self._parts = network_parts(cfg)
+        self.trains = frozenset(part for part in self._parts if part_rate(cfg, part))
         if settings.network_weights and not Path(settings.network_weights).is_file():
             raise UserError(
                 "there is no such network file", f"--network_weights {settings.network_weights}", "check the path"
@@ -58,18 +58,6 @@ class ForeignNetworkTrainable:
             log.warning(sentence)
         self.network: ForeignNetwork
         self._begun = False
-
-    def _parts(self) -> tuple[Part, ...]:
-        text: tuple[Part, ...] = ("te1", "te2") if self._with_text else ()
-        return (*text, "unet") if self._with_unet else text
-
-    def _rate(self, part: Part) -> float:
-        """The learning rate in force for a part: its own, else `--learning_rate`."""
-        settings, default = self.cfg.network, self.cfg.optim.learning_rate
-        if part == "unet":
-            return default if settings.unet_lr is None else settings.unet_lr
-        rates = settings.text_encoder_lr or [default]
-        return rates[0] if part == "te1" else rates[-1]
 
     def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
         """Nothing to change: the base stays as it is."""
@@ -93,7 +81,7 @@ class ForeignNetworkTrainable:
         inner = self.network.network
         if hasattr(inner, "prepare_network"):
             inner.prepare_network(cfg)
-        self.network.apply(text_encoders=self._with_text, unet=self._with_unet)
+        self.network.apply(text_encoders="te1" in self._parts, unet="unet" in self._parts)
         if weights:
             self.network.load(weights)
         if cfg.loop.gradient_checkpointing and hasattr(inner, "enable_gradient_checkpointing"):

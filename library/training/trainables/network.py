@@ -17,6 +17,7 @@ from library.io.safetensors_file import TensorReader
 from library.models import checkpoint
 from library.plugins import load_plugin
 from library.training.trainable import Artifact, ParamGroup, Part
+from library.training.trainables.network_parts import network_parts, part_rate
 
 if TYPE_CHECKING:
     from library.config.cli import RunConfig
@@ -39,26 +40,15 @@ class NetworkTrainable:
         self.cfg = cfg
         self.module = load_plugin("networks", cfg.network.network_module)
         if not hasattr(self.module, "create_from_weights"):
-            raise UserError(
-                f"{cfg.network.network_module} is not a network module of this suite; others are not supported yet",
-                where="--network_module",
-                fix="use networks.lora",
-            )
+            what = f"{cfg.network.network_module} has no function that builds a network"
+            raise UserError(what, "--network_module", "use networks.lora, or another network module")
         able: tuple[Part, ...] = getattr(self.module, "PARTS", ("te1", "te2", "unet"))
-        self.parts = tuple(part for part in _parts(cfg) if part in able)
-        self.trains = frozenset(part for part in self.parts if self._rate(part))
+        self.parts = tuple(part for part in network_parts(cfg) if part in able)
+        self.trains = frozenset(part for part in self.parts if part_rate(cfg, part))
         # Read now: a broken file is found before the model is loaded, and a network is small.
         self._weights = _read(cfg.network.network_weights) if cfg.network.network_weights else None
         self._base_weights = [_read(path) for path in cfg.network.base_weights]
         self.network: AdapterNetwork
-
-    def _rate(self, part: Part) -> float:
-        """The learning rate in force for a part: its own, else `--learning_rate`."""
-        settings, default = self.cfg.network, self.cfg.optim.learning_rate
-        if part == "unet":
-            return default if settings.unet_lr is None else settings.unet_lr
-        rates = settings.text_encoder_lr or [default]
-        return rates[0] if part == "te1" else rates[-1]
 
     def prepare(self, bundle: ModelBundle, *, seed: int) -> None:
         """Merge `--base_weights` into the base; what is cached and trained afterwards sees the result."""
@@ -98,7 +88,9 @@ class NetworkTrainable:
     def param_groups(self) -> list[ParamGroup]:
         """Text encoder groups, then the U-Net's; a part with rate 0 has none."""
         return self.network.param_groups(
-            unet_lr=self._rate("unet"), text_encoder_lrs=[self._rate("te1"), self._rate("te2")], default_lr=None
+            unet_lr=part_rate(self.cfg, "unet"),
+            text_encoder_lrs=[part_rate(self.cfg, "te1"), part_rate(self.cfg, "te2")],
+            default_lr=None,
         )
 
     def forward_scope(self, batch: Batch) -> AbstractContextManager[Any]:
@@ -122,14 +114,6 @@ class NetworkTrainable:
     def export(self, dtype: torch.dtype | None) -> Artifact:
         """The network under sd-scripts' key names."""
         return Artifact(*self.network.export(dtype=dtype))
-
-
-def _parts(cfg: RunConfig) -> tuple[Part, ...]:
-    if cfg.network.network_train_unet_only:
-        return ("unet",)
-    if cfg.network.network_train_text_encoder_only:
-        return ("te1", "te2")
-    return ("te1", "te2", "unet")
 
 
 def _read(path: str) -> dict[str, Tensor]:
