@@ -8,6 +8,8 @@ from library.config.cli import parse
 from library.errors import entry_point
 from library.log import setup_logging
 
+_SHOWN = 20  # names of pictures at the end
+
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
@@ -22,8 +24,10 @@ def main(argv: list[str] | None = None) -> int:
         print("no pictures")
         return 0
     print(f"{len(paths)} picture{'' if len(paths) == 1 else 's'} in {paths[0].parent.resolve()}:")
-    for path in paths:
+    for path in paths[:_SHOWN]:
         print(f"  {path.name}")
+    if len(paths) > _SHOWN:
+        print(f"  and {len(paths) - _SHOWN} more")
     return 0
 
 

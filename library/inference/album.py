@@ -42,6 +42,8 @@ _NOT_SEEN = frozenset({
     "prompts_per_rank", "grid", "from_module", "prompter_module_args",
 })  # fmt: skip
 
+_MODEL_FILES = (".safetensors", ".json")
+
 
 class Album:
     """Where the pictures of a run go, job after job; `paths` are those that this process has written, in order."""
@@ -266,9 +268,14 @@ def _settings(cfg: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _state(path: str) -> tuple[int, int] | None:
-    """Size in bytes and time of change of a file; None for folders and names of the hub."""
+def _state(path: str) -> Any:
+    """Size in bytes and time of change of a file, or of a folder's files that a model can be made of; None for names of
+    the hub.
+    """
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).rglob("*") if file.suffix in _MODEL_FILES)
+        return [[file.relative_to(path).as_posix(), *_state(str(file))] for file in files if file.is_file()]
     if not os.path.isfile(path):
         return None
     found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+    return [found.st_size, found.st_mtime_ns]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from library.diffusion.targets import PredictionType
 from library.errors import UserError
 from library.inference.highres import first_stage
 from library.inference.request import GenRequest
@@ -26,9 +27,11 @@ def check_strengths_act(requests: Sequence[GenRequest], *, over_pictures: bool =
             check_steps(first_stage(request))
 
 
-def check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle) -> None:
-    """Raise UserError for a picture that its sampler cannot draw with this model."""
+def check_samplers(requests: Sequence[GenRequest], bundle: ModelBundle | None = None) -> None:
+    """Raise UserError for a picture that its sampler cannot draw with this model; None: with any."""
+    kind: PredictionType = "epsilon" if bundle is None else bundle.prediction_type  # which every sampler can draw
+    schedule = None if bundle is None else bundle.schedule
     small = [first_stage(request) for request in requests if request.highres is not None]
     stages = ((request.sampler, request.steps, request.eta) for request in [*requests, *small])
     for sampler, steps, eta in dict.fromkeys(stages):
-        make_scheduler(sampler, prediction_type=bundle.prediction_type, steps=steps, schedule=bundle.schedule, eta=eta)
+        make_scheduler(sampler, prediction_type=kind, steps=steps, schedule=schedule, eta=eta)

@@ -69,6 +69,7 @@ def run(cfg: "RunConfig") -> list[Path]:
         grid = plan_grid(lines, axes, defaults, how, wildcards=wildcards)
     pictures = grid.requests if grid else plan(lines, defaults, how, wildcards=wildcards)
     check_strengths_act(pictures, over_pictures=bool(sources[0]))
+    check_samplers(pictures)
     check_strengths(pictures, [None] * num_live(options), merged=bool(options.network_weights))
     check_effects_asked_for(cfg, pictures)
     words = read_words(options.textual_inversion_embeddings, networks=options.network_weights)

@@ -232,12 +232,16 @@ def test_batches_stay_what_they_were_and_names_what_they_are_to_be(tmp_path):
     assert not album(tmp_path / "time", resume_bulk=True).job(everything, lambda: sizes).todo
 
 
-def test_what_other_files_have_drawn_is_drawn_again(tmp_path):
-    model, image = tmp_path / "model.safetensors", tmp_path / "control.png"
+@pytest.mark.parametrize("ckpt", ["model.safetensors", "folder"])
+def test_what_other_files_have_drawn_is_drawn_again(tmp_path, ckpt):
+    model, image = tmp_path / ckpt, tmp_path / "control.png"
+    if ckpt == "folder":
+        model = tmp_path / ckpt / "unet" / "model.safetensors"
+        model.parent.mkdir(parents=True)
     model.write_bytes(b"1")
     image.write_bytes(b"1")
     requests = [GenRequest("a", seed=1), GenRequest("a", seed=2, control=(str(image),))]
-    options = {"resume_bulk": True, "sequential_file_name": True, "ckpt": str(model)}
+    options = {"resume_bulk": True, "sequential_file_name": True, "ckpt": str(tmp_path / ckpt)}
     for changed, num_drawn in ((None, 2), (None, 0), (image, 1), (model, 2)):
         if changed:
             changed.write_bytes(b"22")

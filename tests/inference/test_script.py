@@ -103,6 +103,14 @@ def test_what_is_only_written_down_is_written_down():
     assert not {"clip-prompt", "negative-scale"} & png_text(GenRequest()).keys()
 
 
+def test_of_many_pictures_the_first_names_are_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda cfg: [tmp_path / f"{number}.png" for number in range(1, 24)])
+    assert sdxl_gen_img.main(["--ckpt", "tiny", "--prompt", "a"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"23 pictures in {tmp_path.resolve()}:"
+    assert [line.strip() for line in printed[1:]] == [*(f"{number}.png" for number in range(1, 21)), "and 3 more"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_nothing_leaks_from_one_prompt_into_the_next(tmp_path, batch_size, lora_file):
     first = "a {red|blue} circle --n dark --d 1,2"
@@ -190,6 +198,8 @@ def test_mistakes_in_prompts_are_found_before_the_model_is_loaded(tmp_path, caps
     assert f"outdir {prompts} is a file" in capsys.readouterr().err
     assert sdxl_gen_img.main(["--ckpt", "tiny", "--prompt", "a --am 1"]) == 2
     assert "--am has nothing to act on: no networks are loaded" in capsys.readouterr().err
+    assert sdxl_gen_img.main(["--ckpt", "tiny", "--prompt", "a", "--sampler", "pndm", "--steps", "2"]) == 2
+    assert "pndm cannot do 2 steps" in capsys.readouterr().err
 
 
 def test_pictures_are_drawn_over_and_in_two_sizes(tmp_path, capsys):
