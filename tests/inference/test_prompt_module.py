@@ -35,6 +35,14 @@ def get_prompter(args, pipe, networks):
     return Prompter(args.prompter_module_args.split(","))
 """
 
+SHUFFLING = """
+class Prompter:
+    def shuffle(self): raise RuntimeError("no order")
+
+def get_prompter(*told):
+    return Prompter()
+"""
+
 
 @pytest.fixture
 def asked(tmp_path):
@@ -112,6 +120,22 @@ def test_a_single_prompt_takes_the_seed_itself(asked):
 def test_what_makes_no_prompts_is_explained(asked, text, options, what):
     with pytest.raises(UserError, match=what):
         planned(asked(text, **options))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "what", "line"),
+    [
+        ("import no_such_module", {}, "ModuleNotFoundError: No module named 'no_such_module'", 1),
+        ("x = 1\ndef get_prompter(:", {}, "SyntaxError: invalid syntax", 2),
+        ("def get_prompter(*all):\n    return 1 / 0", {}, "ZeroDivisionError: division by zero", 2),
+        ("def get_prompter(*all):\n\n    return lambda *all: all['a']", {}, "TypeError: tuple indices", 3),
+        (SHUFFLING, {"shuffle_prompts": True}, "RuntimeError: no order", 3),
+    ],
+)
+def test_a_program_that_fails_is_named_with_its_line(asked, text, options, what, line):
+    with pytest.raises(UserError, match=re.escape(f"the program failed with {what}")) as caught:
+        planned(asked(text, **options))
+    assert caught.value.problems[0].where.endswith(f"prompts.py line {line}")
 
 
 def test_a_file_of_prompts_comes_before_a_program(asked, tmp_path):
