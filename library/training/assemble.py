@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -35,7 +36,9 @@ def assemble(run: Run) -> tuple[Trainer, TrainingState]:
     """Attach what is trained, wrap the step, and make optimizer, schedule, state and hooks."""
     cfg, accelerator = run.cfg, run.accelerator
     trained, groups = _attach(run)
-    step = accelerator.prepare_model(_step(run, trained))
+    with warnings.catch_warnings():  # accelerate names it to PyTorch whatever it is
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        step = accelerator.prepare_model(_step(run, trained))
     length = schedule(
         run.data,
         max_train_steps=cfg.loop.max_train_steps,

@@ -23,6 +23,7 @@ def _start(launcher: list[str], argv: list[str]) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, "what no user can do anything about is not shown"
 
 
 @pytest.mark.e2e
