@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.arch import tree
 
 TORCH_FREE = [
@@ -28,8 +26,18 @@ TORCH_FREE = [
 ]
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_the_description_of_data_sets_and_headers_is_made_without_torch(module):
-    code = f"import sys; sys.modules['torch'] = None; import {module}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tree.ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+CODE = """
+import importlib, sys, traceback
+sys.modules["torch"] = None
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(name, traceback.format_exc(), sep="\\n")
+"""
+
+
+def test_the_description_of_data_sets_and_headers_is_made_without_torch():
+    command = [sys.executable, "-c", CODE, *TORCH_FREE]
+    result = subprocess.run(command, cwd=tree.ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == ""
