@@ -8,6 +8,7 @@ from library.training.trainables.network_parts import network_parts, part_rate
 from library.training.trainables.networks import network_trainable
 
 BOTH = ("te1", "te2")
+ALL = (*BOTH, "unet")
 
 
 @pytest.fixture
@@ -26,20 +27,20 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts", "rates"),
+    ("changes", "parts", "rates", "trains"),
     [
-        ({}, (*BOTH, "unet"), (1e-3, 1e-3, 1e-3)),
-        ({"network_train_unet_only": True, "unet_lr": 2e-3}, ("unet",), (1e-3, 1e-3, 2e-3)),
-        ({"network_train_text_encoder_only": True, "text_encoder_lr": [3e-3]}, BOTH, (3e-3, 3e-3, 1e-3)),
-        ({"text_encoder_lr": [3e-3, 4e-3], "unet_lr": 0.0}, (*BOTH, "unet"), (3e-3, 4e-3, 0.0)),
+        ({}, ALL, (1e-3, 1e-3, 1e-3), ALL),
+        ({"network_train_unet_only": True, "unet_lr": 2e-3}, ("unet",), (1e-3, 1e-3, 2e-3), ("unet",)),
+        ({"network_train_text_encoder_only": True, "text_encoder_lr": [3e-3]}, BOTH, (3e-3, 3e-3, 1e-3), BOTH),
+        ({"text_encoder_lr": [3e-3, 4e-3], "unet_lr": 0.0}, ALL, (3e-3, 4e-3, 0.0), BOTH),
     ],
 )
-def test_parts_and_their_rates(config, changes, parts, rates):
-    cfg = config(**changes)
+@pytest.mark.parametrize("module", ["networks.lora", "lycoris.kohya"])
+def test_parts_and_their_rates(config, module, changes, parts, rates, trains):
+    cfg = config(network_module=module, **changes)
     assert network_parts(cfg) == parts
-    assert tuple(part_rate(cfg, part) for part in (*BOTH, "unet")) == rates
-    trained = {part for part in parts if part_rate(cfg, part)}
-    assert network_trainable(cfg).trains == trained
+    assert tuple(part_rate(cfg, part) for part in ALL) == rates
+    assert network_trainable(cfg).trains == set(trains)
 
 
 def test_a_module_that_builds_no_networks_is_named(config):
